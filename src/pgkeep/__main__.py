@@ -1,0 +1,5 @@
+"""``python -m pgkeep``."""
+
+from pgkeep.cli.main import main
+
+main()

@@ -1,0 +1,1 @@
+"""The role that reads the database: dump, assemble, hand over."""

@@ -1,0 +1,240 @@
+"""One dump: pg_dump in parallel into the staging area, compressed behind its back, assembled, handed over."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime as dt
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+from pgkeep.adapters import durable, pgbinaries, postgres, process
+from pgkeep.adapters.artifact_writer import ArtifactWriter
+from pgkeep.agent.assemble import RawDump, assemble
+from pgkeep.agent.compress import Compressor, Pool
+from pgkeep.agent.handover import Staged
+from pgkeep.domain.manifest import DatabaseFacts
+from pgkeep.domain.names import Tier
+from pgkeep.domain.request import Request
+from pgkeep.errors import DatabaseError
+from pgkeep.progress import Progress
+
+POLL_SECONDS = 0.01
+RETRY_PAUSE_SECONDS = 2.0
+# Raw data may pile up when compression falls behind; beyond this share of the free space pg_dump compresses.
+PLAIN_SPOOL_SHARE = 0.7
+# pg_dump's messages, under LC_MESSAGES=C, that another try may cure.
+_LOST_LOCK = "could not obtain lock on relation"
+_PASSING = (
+    _LOST_LOCK,
+    "canceling statement due to conflict with recovery",
+    "canceling statement due to lock timeout",
+    "could not open relation with OID",
+    "cache lookup failed",
+)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Options:
+    """How to dump. ``jobs`` None: as many as there are processors, four at the most."""
+
+    jobs: int | None = None
+    spool_compression: Literal["auto", "always", "never"] = "auto"
+    lock_timeout_seconds: int = 60
+    retries: int = 2
+    connect_timeout_seconds: int = 10
+
+    @property
+    def parallel_jobs(self) -> int:
+        return self.jobs or min(processors(), 4)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Subject:
+    """The database to dump, as it was when asked."""
+
+    target: postgres.Target
+    server: postgres.Server
+    facts: DatabaseFacts
+    pg_dump: pgbinaries.Choice
+
+
+def processors() -> int:
+    """How many this process may use (a container's or taskset's share)."""
+    return len(os.sched_getaffinity(0))
+
+
+def dump_database(staged: Staged, target: postgres.Target, tier: Tier, options: Options, progress: Progress) -> Request:
+    """Dump ``target`` into ``staged`` and hand it over. Raises ``DatabaseError``, ``ToolError``, ``StorageError``."""
+    started = time.monotonic()
+    created_at = dt.datetime.now(dt.UTC)
+    subject = _inspect(target, options)
+    notes = _concerns(subject)
+    for note in notes:
+        progress.warn(note)
+    notes += _with_retries(staged, subject, options, progress)
+    progress.step("dump.assembled")
+    request = Request(
+        id=staged.identifier,
+        kind="database",
+        tier=tier,
+        database=subject.server.database,
+        created_at=created_at,
+        system_identifier=subject.server.system_identifier,
+        server_version=subject.server.version,
+        dump_version=subject.pg_dump.installation.version,
+        dump_seconds=time.monotonic() - started,
+        facts=subject.facts,
+        notes=tuple(notes),
+    )
+    staged.hand_over(request)
+    progress.step("dump.handed-over")
+    return request
+
+
+def dump_globals(staged: Staged, target: postgres.Target, tier: Tier, options: Options, progress: Progress) -> Request:
+    """Roles and tablespaces, which belong to no database; without password hashes where we may not read them."""
+    started = time.monotonic()
+    created_at = dt.datetime.now(dt.UTC)
+    notes = []
+    with postgres.connect(target, timeout_seconds=options.connect_timeout_seconds) as connection:
+        server = postgres.inspect_server(connection)
+        pg_dumpall = pgbinaries.choose("pg_dumpall", server.major)
+        arguments = ["--globals-only", f"--lock-wait-timeout={options.lock_timeout_seconds}s"]
+        if not postgres.may_read_passwords(connection):
+            arguments.append("--no-role-passwords")
+            notes.append("roles are without their passwords: the backup's role may not read pg_authid")
+    completed = postgres.run_tool(pg_dumpall.path, arguments, target)
+    if completed.return_code != 0:
+        raise DatabaseError(f"pg_dumpall failed: {completed.stderr}")
+    with staged.new_dump() as descriptor:
+        writer = ArtifactWriter(descriptor)
+        writer.add_sql([completed.stdout])
+        writer.finish("globals", "UTF8")
+    progress.step("dump.globals-written")
+    request = Request(
+        id=staged.identifier,
+        kind="globals",
+        tier=tier,
+        database="",
+        created_at=created_at,
+        system_identifier=server.system_identifier,
+        server_version=server.version,
+        dump_version=pg_dumpall.installation.version,
+        dump_seconds=time.monotonic() - started,
+        notes=tuple(notes),
+    )
+    staged.hand_over(request)
+    return request
+
+
+def _inspect(target: postgres.Target, options: Options) -> _Subject:
+    with postgres.connect(target, timeout_seconds=options.connect_timeout_seconds) as connection:
+        postgres.refuse_transaction_pooling(target, connection)
+        server = postgres.inspect_server(connection)
+        facts = postgres.read_facts(connection, server.major)
+    return _Subject(target.database(server.database), server, facts, pgbinaries.choose("pg_dump", server.major))
+
+
+def _concerns(subject: _Subject) -> list[str]:
+    concerns = []
+    if subject.pg_dump.newer:
+        version = subject.pg_dump.installation.version
+        concerns.append(
+            f"pg_dump {version} is newer than the server ({subject.server.version}):"
+            f" the backup may not restore into a server older than {version.split('.')[0]}"
+        )
+    if subject.server.in_recovery:
+        concerns.append("taken from a standby: unlogged tables have no rows there")
+    return concerns
+
+
+def _with_retries(staged: Staged, subject: _Subject, options: Options, progress: Progress) -> list[str]:
+    """Dump, again if the failure is of a kind that passes; what had to be done differently comes back."""
+    notes: list[str] = []
+    for attempt in range(options.retries + 1):
+        try:
+            _dump_once(staged, subject, options, progress)
+            return notes
+        except DatabaseError as error:
+            if attempt == options.retries or not any(words in error.message for words in _PASSING):
+                raise
+            if _LOST_LOCK in error.message:
+                options = dataclasses.replace(options, jobs=1)
+                notes.append("a parallel dump lost a lock to another session; it was made again with one job")
+            else:
+                notes.append("the first try failed and was repeated: " + error.message[:300])
+            progress.warn(notes[-1])
+            staged.clear()
+            time.sleep(RETRY_PAUSE_SECONDS * (attempt + 1))
+    raise AssertionError("unreachable")
+
+
+def _dump_once(staged: Staged, subject: _Subject, options: Options, progress: Progress) -> None:
+    raw = staged.directory / "raw"
+    pool = Pool(staged.directory / "pool")
+    try:
+        with Compressor(raw, pool, processors()) as compressor:
+            _run_pg_dump(raw, compressor, subject, options, progress)
+            progress.step("dump.pg_dump-ended")
+            tables = compressor.finish()
+        progress.step("dump.compressed")
+        pg_restore = subject.pg_dump.installation.tool("pg_restore")
+        with staged.new_dump() as descriptor:
+            assemble(RawDump(raw, pool, tables, subject.facts.encoding), pg_restore, descriptor)
+    finally:
+        pool.close()
+
+
+def _run_pg_dump(raw: Path, compressor: Compressor, subject: _Subject, options: Options, progress: Progress) -> None:
+    with postgres.tool_access(subject.target) as (environment, descriptors):
+        command = _pg_dump_command(raw, subject, options)
+        raw.mkdir(mode=0o700)
+        with process.start(
+            command, environment=environment, descriptors=descriptors, stdout=process.DEVNULL
+        ) as running:
+            progress.step("dump.pg_dump-started")
+            for _ in _until_ended(running):
+                compressor.sweep()
+                progress.advance(compressor.taken_bytes, subject.server.data_bytes)
+            if running.wait() != 0:
+                raise DatabaseError(_failure(running), "the server's log may say more")
+
+
+def _until_ended(running: process.Running) -> Iterator[None]:
+    while running.poll() is None:
+        yield
+        time.sleep(POLL_SECONDS)
+
+
+def _failure(running: process.Running) -> str:
+    code = running.wait()
+    how = f"was killed by signal {-code}" if code < 0 else f"failed (exit {code})"
+    return f"pg_dump {how}: {running.messages() or 'without a word'}"
+
+
+def _pg_dump_command(raw: Path, subject: _Subject, options: Options) -> list[str | Path]:
+    command: list[str | Path] = [
+        subject.pg_dump.path,
+        "--format=directory",
+        f"--file={raw}",
+        f"--jobs={options.parallel_jobs}",
+        f"--compress={1 if _compresses_spool(raw.parent, subject, options) else 0}",
+        f"--lock-wait-timeout={options.lock_timeout_seconds}s",
+        "--no-sync",
+        "--no-password",
+        f"--dbname={subject.target.conninfo}",
+    ]
+    if subject.pg_dump.installation.major >= 18:
+        command.append("--statistics")
+    if subject.server.in_recovery:
+        command.append("--no-unlogged-table-data")
+    return command
+
+
+def _compresses_spool(staging: Path, subject: _Subject, options: Options) -> bool:
+    if options.spool_compression != "auto":
+        return options.spool_compression == "always"
+    return subject.server.data_bytes > PLAIN_SPOOL_SHARE * durable.free_bytes(staging)

@@ -1,0 +1,74 @@
+"""The staging area: a dump under way is ``<id>.partial/``, a finished one ``<id>.ready/``, with nothing between."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from pgkeep.adapters import durable
+from pgkeep.domain import names
+from pgkeep.domain.request import DUMP_NAME, FILE_NAME, Request, encode
+
+PARTIAL_SUFFIX = ".partial"
+READY_SUFFIX = ".ready"
+
+
+class Staged:
+    """One dump's own directory in staging, made new."""
+
+    def __init__(self, staging: Path, identifier: str) -> None:
+        self.identifier = identifier
+        self.directory = staging / f"{identifier}{PARTIAL_SUFFIX}"
+        self.ready = staging / f"{identifier}{READY_SUFFIX}"
+        with durable.explain(staging, "make a directory for the dump"):
+            self.directory.mkdir(mode=0o700)
+
+    @contextlib.contextmanager
+    def new_dump(self) -> Iterator[int]:
+        """A descriptor to write the artifact to; on leaving without an error it is on the disk."""
+        path = self.directory / DUMP_NAME
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o640)
+        try:
+            yield descriptor
+        finally:
+            os.close(descriptor)
+
+    def hand_over(self, request: Request) -> None:
+        """Leave only the dump and what is said of it, and give it its final name: from here the vault takes it.
+
+        Nothing is synced: after a power cut a half-written dump fails the vault's digests, and is made again.
+        """
+        for name in ("raw", "shadow"):
+            if (self.directory / name).exists():
+                shutil.rmtree(self.directory / name)
+        (self.directory / "pool").unlink(missing_ok=True)
+        (self.directory / FILE_NAME).write_bytes(encode(request))
+        self.directory.rename(self.ready)
+
+    def clear(self) -> None:
+        """Back to an empty directory, for another try."""
+        shutil.rmtree(self.directory)
+        self.directory.mkdir(mode=0o700)
+
+    def remove(self) -> None:
+        """Give up, or clean up after the vault took it."""
+        for directory in (self.directory, self.ready):
+            if directory.exists():
+                shutil.rmtree(directory)
+
+
+def sweep(staging: Path) -> list[str]:
+    """Remove what crashed dumps left: the caller holds the lock, so nothing here is under way.
+
+    Returns the removed directories' names. Names that are not the agent's own are left alone.
+    """
+    removed = []
+    for path in sorted(staging.iterdir()):
+        stem, dot, suffix = path.name.rpartition(".")
+        if names.is_identifier(stem) and dot + suffix in (PARTIAL_SUFFIX, READY_SUFFIX) and path.is_dir():
+            shutil.rmtree(path)
+            removed.append(path.name)
+    return removed

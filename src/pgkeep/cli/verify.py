@@ -1,0 +1,79 @@
+"""``pgkeep verify``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from pgkeep.cli import render
+from pgkeep.cli.context import Context, common_options, pass_context
+from pgkeep.errors import IntegrityError, UsageError
+
+if TYPE_CHECKING:
+    from pgkeep.vault.inspect import Depth
+    from pgkeep.vault.verify import Report
+
+
+@click.command()
+@click.argument("reference", required=False, metavar="[ID|latest|PATH]")
+@click.option("--all", "everything", is_flag=True, help="Every backup of the vault, roles included.")
+@click.option("--quick", is_flag=True, help="Compare digests and structure only; decompress nothing.")
+@click.option("--database", metavar="NAME", help="Whose latest, where the vault holds several.")
+@common_options
+@pass_context
+def command(context: Context, reference: str | None, everything: bool, quick: bool, database: str | None) -> None:
+    """Read a backup from the disk and check all of it: digest, every member, index, trailer, sidecars, flags.
+
+    \b
+    Examples:
+      pgkeep verify latest
+      pgkeep verify --all --json
+      pgkeep verify /mnt/usb/2026-01-31_00-00-00.sql.gz
+
+    Every defect is named. Exits with 7 on any.
+    """
+    if (reference is None) == (not everything):
+        raise UsageError("say what to verify: an id, latest, a path, or --all")
+    depth: Depth = "digests" if quick else "content"
+    reports = _verify_all(context, depth) if everything else [_verify_one(context, str(reference), database, depth)]
+    defects = context.services.catalog().defects if everything else ()
+    ok = all(report.ok for report in reports) and not defects
+    if context.json:
+        findings = [finding for report in reports for finding in report.findings]
+        findings_of_vault = [{"code": "manifest", "message": text} for text in defects]
+        render.print_json({"ok": ok, "findings": [*findings, *findings_of_vault], "backups": reports})
+    for report in reports:
+        _print(report)
+    for text in defects:
+        click.echo(f"pgkeep: {render.printable(text)}", err=True)
+    if not ok:
+        raise IntegrityError(f"{sum(not report.ok for report in reports) + len(defects)} of {len(reports)} not whole")
+
+
+def _verify_one(context: Context, reference: str, database: str | None, depth: Depth) -> Report:
+    from pgkeep.vault.verify import verify_backup, verify_path
+
+    path, backup = context.services.locate(reference, database)
+    if backup is None:
+        return verify_path(path, depth)
+    return verify_backup(context.services.layout.active, backup, depth)
+
+
+def _verify_all(context: Context, depth: Depth) -> list[Report]:
+    from pgkeep.domain.catalog import ordered
+    from pgkeep.vault.verify import verify_backup
+
+    with render.progress(quiet=context.json) as progress:
+        reports = []
+        for backup in ordered(context.services.catalog().backups):
+            progress.note(f"verifying {backup.path_in_vault}")
+            reports.append(verify_backup(context.services.layout.active, backup, depth))
+        return reports
+
+
+def _print(report: Report) -> None:
+    verdict = "ok" if report.ok else "NOT WHOLE"
+    click.echo(f"pgkeep: {render.printable(report.path)}: {verdict} ({render.size(report.size_bytes)})", err=True)
+    for finding in report.findings:
+        click.echo(f"        {finding.code}: {render.printable(finding.message)}", err=True)

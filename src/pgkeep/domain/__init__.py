@@ -1,0 +1,1 @@
+"""Pure formats and decisions: no input or output."""

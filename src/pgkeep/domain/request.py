@@ -1,0 +1,48 @@
+"""What the agent says of a dump that it hands over: hints, which the vault checks or overrules."""
+
+from __future__ import annotations
+
+import datetime as dt
+from typing import Annotated
+
+import msgspec
+
+from pgkeep.domain.manifest import DatabaseFacts, Kind
+from pgkeep.domain.names import Tier
+from pgkeep.errors import FormatError
+
+FILE_NAME = "request.json"
+DUMP_NAME = "dump.sql.gz"
+SIZE_LIMIT_BYTES = 4 * 1024 * 1024
+
+_Short = Annotated[str, msgspec.Meta(max_length=1024)]
+
+
+class Request(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Travels as ``request.json`` beside ``dump.sql.gz`` in ``staging/<id>.ready/``."""
+
+    id: Annotated[str, msgspec.Meta(pattern=r"\A\d{8}T\d{6}Z-[0-9a-f]{6}\Z")]
+    kind: Kind
+    tier: Tier
+    database: _Short
+    created_at: Annotated[dt.datetime, msgspec.Meta(tz=True)]
+    system_identifier: _Short
+    server_version: _Short
+    dump_version: _Short
+    dump_seconds: Annotated[float, msgspec.Meta(ge=0)]
+    facts: DatabaseFacts | None = None
+    notes: tuple[_Short, ...] = ()
+
+
+def encode(request: Request) -> bytes:
+    return msgspec.json.encode(request)
+
+
+def decode(data: bytes) -> Request:
+    """Raises ``FormatError``."""
+    if len(data) > SIZE_LIMIT_BYTES:
+        raise FormatError(f"the request is larger than {SIZE_LIMIT_BYTES} bytes")
+    try:
+        return msgspec.json.decode(data, type=Request)
+    except (msgspec.MsgspecError, RecursionError) as error:
+        raise FormatError(f"the request is malformed: {error}") from error

@@ -1,0 +1,1 @@
+"""The way back: find, rebuild and recover a backup."""

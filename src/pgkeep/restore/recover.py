@@ -1,0 +1,284 @@
+"""Restore an artifact into PostgreSQL: preflight, rebuild, pg_restore, statistics, and the count of every row."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import re
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from pgkeep.adapters import durable, pgbinaries, postgres, process
+from pgkeep.adapters.artifact_reader import ArtifactReader, LocalFile
+from pgkeep.domain import selection as selections
+from pgkeep.domain import toc as tocs
+from pgkeep.domain.artifact import Part, TablePart, codec
+from pgkeep.domain.manifest import DatabaseFacts
+from pgkeep.domain.selection import Selection
+from pgkeep.errors import FormatError, RefusedError, RestoreError, ToolError
+from pgkeep.progress import Progress
+from pgkeep.restore import rows
+from pgkeep.restore import target as targets
+from pgkeep.restore.rebuild import rebuild
+
+POLL_SECONDS = 0.05
+_FINISHED = re.compile(r"finished item (\d+) TABLE DATA")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Options:
+    """What to restore and how. ``tables`` as written by a person; none means all."""
+
+    create: bool = False
+    jobs: int | None = None
+    tables: tuple[str, ...] = ()
+    schema_only: bool = False
+    data_only: bool = False
+    no_owner: bool = False
+    no_privileges: bool = False
+    allow_non_empty: bool = False
+    allow_missing_parents: bool = False
+
+    @property
+    def parallel_jobs(self) -> int:
+        return self.jobs or min(len(os.sched_getaffinity(0)) * 2, 8)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Outcome:
+    """What was done, in seconds, and what a person should know of it."""
+
+    database: str
+    tables: int
+    rows: int
+    seconds: dict[str, float]
+    notes: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Plan:
+    """Everything that was found out before anything is changed."""
+
+    toc: tocs.Toc
+    pg_restore: Path
+    facts: targets.TargetFacts
+    selection: Selection | None
+
+    def wants(self, part: Part) -> bool:
+        """Whether the part's data is restored."""
+        if self.selection is None:
+            return True
+        return isinstance(part, TablePart) and part.dump_id in self.selection.data_dump_ids
+
+
+def restore(
+    file: LocalFile,
+    target: postgres.Target,
+    facts: DatabaseFacts | None,
+    options: Options,
+    scratch: Path,
+    progress: Progress,
+) -> Outcome:
+    """Restore ``file`` into ``target``; ``facts`` are needed for ``create``. ``scratch`` holds the rebuilt archive.
+
+    Raises ``RefusedError`` and ``ToolError`` before anything is changed, ``RestoreError`` with the server's
+    words after; ``FormatError`` for a damaged artifact; ``DatabaseError``.
+    """
+    seconds: dict[str, float] = {}
+    started = time.monotonic()
+    reader = ArtifactReader(file)
+    plan = _prepare(reader, target, facts, options, progress)
+    with tempfile.TemporaryDirectory(prefix="restore-", dir=scratch) as directory:
+        with _timed(seconds, "rebuild"):
+            _require_space(scratch, reader)
+            rebuild(reader, file, Path(directory), lambda part: not options.schema_only and plan.wants(part))
+        progress.step("restore.rebuilt")
+        with _timed(seconds, "load"):
+            _load(Path(directory), target, plan, options, reader, progress)
+        progress.step("restore.loaded")
+    notes = list(_missing_keys(plan))
+    if options.create and facts is not None:
+        notes += targets.apply_settings(target, facts)
+    parts = [part for part in reader.index.tables if plan.wants(part)]
+    if not options.schema_only:
+        with _timed(seconds, "analyze"):
+            _analyze(target, plan, parts)
+        with _timed(seconds, "count"):
+            rows.check(target, rows.expectations(plan.toc, parts), options.parallel_jobs)
+        progress.step("restore.counted")
+    seconds["total"] = round(time.monotonic() - started, 3)
+    restored = 0 if options.schema_only else sum(part.rows for part in parts)
+    return Outcome(plan.facts.database, len(parts), restored, seconds, tuple(notes))
+
+
+def choose_pg_restore(dump_version: str, target_major: int) -> Path:
+    """One that reads the dump and speaks the server's language: not older than the dump's, not newer than the server.
+
+    Raises ``RefusedError`` for a server older than the dump, ``ToolError`` where no such program is installed.
+    """
+    dump_major = int(dump_version.split(".")[0])
+    if dump_major > target_major:
+        raise RefusedError(
+            f"the backup was made by pg_dump {dump_version}; a server of version {target_major} can't read it",
+            f"restore into PostgreSQL {dump_major} or later",
+        )
+    found = [each for each in pgbinaries.find_installations() if dump_major <= each.major <= target_major]
+    fitting = sorted((each for each in found if each.has("pg_restore")), key=lambda each: each.major)
+    if not fitting:
+        raise ToolError(
+            f"restoring needs a pg_restore of version {dump_major} to {target_major}, and none is installed",
+            f"install postgresql-client-{target_major}",
+        )
+    return fitting[-1].tool("pg_restore")
+
+
+def _prepare(
+    reader: ArtifactReader,
+    target: postgres.Target,
+    facts: DatabaseFacts | None,
+    options: Options,
+    progress: Progress,
+) -> _Plan:
+    data = reader.toc()
+    if data is None:
+        raise FormatError("this is a backup of roles and tablespaces", "gunzip -c FILE | psql -d postgres")
+    toc = tocs.read(data, codec(reader.index.header.encoding))
+    server = targets.inspect_target(targets.maintenance(target) if options.create else target)
+    pg_restore = choose_pg_restore(toc.dump_version, server.major)
+    _require_roles(target, toc, options)
+    if options.create:
+        if facts is None:
+            raise RefusedError("without its manifest the database's encoding and locale are not known", _NO_FACTS_HINT)
+        targets.create_database(target, facts)
+        server = targets.inspect_target(target)
+        progress.step("restore.database-created")
+    elif not options.allow_non_empty and not options.data_only:
+        targets.require_empty(target)
+    return _Plan(toc, pg_restore, server, _select(toc, target, options))
+
+
+_NO_FACTS_HINT = "create the database yourself, then restore without --create"
+
+
+def _require_roles(target: postgres.Target, toc: tocs.Toc, options: Options) -> None:
+    if options.no_owner:
+        return
+    where = targets.maintenance(target) if options.create else target
+    missing = targets.missing_roles(where, (entry.owner for entry in toc.entries if entry.owner))
+    if missing:
+        raise RefusedError(
+            f"the server lacks roles that own what is restored: {', '.join(missing[:10])}",
+            "restore the roles first (active/globals/, gunzip -c FILE | psql -d postgres), or say --no-owner",
+        )
+
+
+def _select(toc: tocs.Toc, target: postgres.Target, options: Options) -> Selection | None:
+    if not options.tables:
+        return None
+    wanted = [selections.parse_table_name(text) for text in options.tables]
+    existing = targets.existing_objects(target, sorted(selections.questions(toc, wanted)))
+    chosen = selections.select(toc, wanted, exists=existing.__contains__)
+    in_the_way = [str(name) for name in chosen.tables if selections.DatabaseObject("table", str(name)) in existing]
+    if in_the_way and not options.data_only:
+        raise RefusedError(f"the target has {', '.join(in_the_way)} already", "drop or rename it, or restore elsewhere")
+    if chosen.orphaned_foreign_keys and not options.allow_missing_parents:
+        named = "; ".join(
+            f"{key.constraint} of {key.child} refers to {key.parent}" for key in chosen.orphaned_foreign_keys
+        )
+        parents = " ".join(f"--table '{key.parent}'" for key in chosen.orphaned_foreign_keys)
+        raise RefusedError(
+            f"foreign keys would be left without their parents: {named}",
+            f"add {parents}, or say --allow-missing-parents to leave these keys out",
+        )
+    return chosen
+
+
+def _missing_keys(plan: _Plan) -> Iterator[str]:
+    for key in plan.selection.orphaned_foreign_keys if plan.selection else ():
+        yield f"left out: foreign key {key.constraint} of {key.child}, because {key.parent} is not there"
+
+
+def _require_space(scratch: Path, reader: ArtifactReader) -> None:
+    needed_bytes = sum(
+        part.raw_bytes if part in reader.index.large_objects else part.length for part in reader.index.parts
+    )
+    if durable.free_bytes(scratch) < needed_bytes:
+        raise RefusedError(
+            f"rebuilding the archive takes {needed_bytes} bytes; {scratch} has {durable.free_bytes(scratch)} free",
+            "set TMPDIR to a roomier place, or restore with gunzip -c FILE | psql",
+        )
+
+
+def _load(
+    directory: Path,
+    target: postgres.Target,
+    plan: _Plan,
+    options: Options,
+    reader: ArtifactReader,
+    progress: Progress,
+) -> None:
+    command = _command(directory, target, plan, options)
+    raw_bytes = {part.dump_id: part.raw_bytes for part in reader.index.tables if plan.wants(part)}
+    with (
+        postgres.tool_access(target) as (environment, descriptors),
+        process.start(command, environment=environment, descriptors=descriptors, stdout=process.DEVNULL) as running,
+    ):
+        done_bytes = position = 0
+        while running.poll() is None:
+            time.sleep(POLL_SECONDS)
+            text, position = running.messages_from(position)
+            done_bytes += sum(raw_bytes.get(int(number), 0) for number in _FINISHED.findall(text))
+            progress.advance(done_bytes, sum(raw_bytes.values()))
+        if running.wait() != 0:
+            raise RestoreError(
+                f"pg_restore failed: {_words(running.messages())}",
+                f"the database {plan.facts.database!r} now holds part of the backup: drop it before another try",
+            )
+
+
+def _command(directory: Path, target: postgres.Target, plan: _Plan, options: Options) -> list[str | Path]:
+    command: list[str | Path] = [
+        plan.pg_restore,
+        f"--dbname={target.conninfo}",
+        f"--jobs={options.parallel_jobs}",
+        "--exit-on-error",
+        "--no-password",
+        "--verbose",
+    ]
+    flags = {
+        "--schema-only": options.schema_only,
+        "--data-only": options.data_only,
+        "--disable-triggers": options.data_only and plan.facts.is_superuser,
+        "--no-owner": options.no_owner,
+        "--no-privileges": options.no_privileges,
+    }
+    command += [flag for flag, wanted in flags.items() if wanted]
+    if plan.selection is not None:
+        listing = directory / "selection"
+        listing.write_text(plan.selection.list_file(), encoding="ascii")
+        command.append(f"--use-list={listing}")
+    return [*command, directory]
+
+
+def _words(messages: str) -> str:
+    """The error and what the server says of it, without the progress around it."""
+    position = messages.find("pg_restore: error:")
+    return messages[position:][:4000] if position >= 0 else messages[-2000:]
+
+
+def _analyze(target: postgres.Target, plan: _Plan, parts: Sequence[TablePart]) -> None:
+    """Not needed where the planner's statistics came along with the dump (PostgreSQL 18)."""
+    if any(entry.description == "STATISTICS DATA" for entry in plan.toc.entries):
+        return
+    targets.analyze(target, [(part.schema, part.name) for part in parts] if plan.selection else None)
+
+
+@contextlib.contextmanager
+def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    """Note how long the block takes."""
+    started = time.monotonic()
+    yield
+    seconds[name] = round(time.monotonic() - started, 3)

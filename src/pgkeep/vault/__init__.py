@@ -1,0 +1,1 @@
+"""The role that owns sealed backups: receive, check, seal, expire."""

@@ -1,0 +1,48 @@
+"""What is about to be done to the vault, written down before: after a crash exactly that is finished or undone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from pgkeep.adapters import durable
+from pgkeep.errors import FormatError
+
+_SUFFIX = ".json"
+
+
+class Entry(msgspec.Struct, frozen=True, kw_only=True):
+    """An intent. ``inodes`` by file name, the manifest last: a name with another inode is not ours to touch."""
+
+    id: str
+    action: Literal["seal", "expire"]
+    directory: str
+    filename: str
+    inodes: dict[str, int]
+
+
+def write(journal: Path, entry: Entry) -> None:
+    """Durable on return. Raises ``StorageError``."""
+    durable.write_atomically(journal, entry.id + _SUFFIX, msgspec.json.encode(entry), 0o600)
+
+
+def close(journal: Path, entry: Entry) -> None:
+    """The intent is carried out, or undone."""
+    path = journal / (entry.id + _SUFFIX)
+    with durable.explain(path, "closing the journal"):
+        path.unlink(missing_ok=True)
+        durable.fsync_directory(journal)
+
+
+def pending(journal: Path) -> Iterator[Entry]:
+    """What a crash left, oldest first. Raises ``FormatError``."""
+    for path in sorted(journal.glob("*" + _SUFFIX)):
+        try:
+            yield msgspec.json.decode(path.read_bytes(), type=Entry)
+        except msgspec.MsgspecError as error:
+            raise FormatError(
+                f"the journal {path} is unreadable: {error}", "report this; nothing was changed"
+            ) from error

@@ -1,0 +1,202 @@
+"""Where everything lies under the root, and the directories' own protection."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime as dt
+import os
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+
+from pgkeep.adapters import durable, fsflags, protection
+from pgkeep.domain.manifest import Protection
+from pgkeep.domain.names import GLOBALS_DIRECTORY, Tier
+from pgkeep.errors import FormatError, ProtectionError, RefusedError
+
+FORMAT = 1
+IDENTITY_NAME = "vault.json"
+SEALED_DIRECTORIES = (*(tier.value for tier in Tier), GLOBALS_DIRECTORY)
+_OPEN_MODE = 0o755
+_CLOSED_MODE = 0o555
+
+
+class Identity(msgspec.Struct, frozen=True):
+    """Written once: a vault that lost it, or shows another, is not the one that was mounted before."""
+
+    format: int
+    id: str
+    created_at: dt.datetime
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Layout:
+    """The paths of one vault."""
+
+    root: Path
+
+    @property
+    def staging(self) -> Path:
+        return self.root / "staging"
+
+    @property
+    def active(self) -> Path:
+        return self.root / "active"
+
+    @property
+    def incoming(self) -> Path:
+        return self.active / ".incoming"
+
+    @property
+    def quarantine(self) -> Path:
+        return self.active / ".quarantine"
+
+    @property
+    def logs(self) -> Path:
+        return self.root / "logs"
+
+    @property
+    def state(self) -> Path:
+        return self.root / "state"
+
+    @property
+    def journal(self) -> Path:
+        return self.state / "journal"
+
+    @property
+    def lock(self) -> Path:
+        return self.state / "lock"
+
+    @property
+    def audit(self) -> Path:
+        return self.logs / "backup_audit.jsonl"
+
+    @property
+    def exists(self) -> bool:
+        return (self.active / IDENTITY_NAME).exists()
+
+
+def prepare_root(layout: Layout) -> None:
+    """Make what the lock and the agent need. Raises ``StorageError``."""
+    with durable.explain(layout.root, "making pgkeep's directories"):
+        for directory, mode in (
+            (layout.root, 0o755),
+            (layout.staging, 0o700),
+            (layout.logs, 0o755),
+            (layout.state, 0o700),
+        ):
+            directory.mkdir(mode=mode, parents=True, exist_ok=True)
+        layout.journal.mkdir(mode=0o700, exist_ok=True)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Vault:
+    """A vault that is ready to be written to, with the protection in force on its filesystem."""
+
+    layout: Layout
+    protection: Protection
+    warning: str = ""
+
+    def directory(self, name: str) -> Path:
+        return self.layout.active / name
+
+    @contextlib.contextmanager
+    def unlocked(self, directory: Path) -> Iterator[int]:
+        """A descriptor of a tier's directory in which names may be made and removed until the end of the block."""
+        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            if self.protection == "chattr":
+                with fsflags.lifted(descriptor):
+                    yield descriptor
+            else:
+                os.fchmod(descriptor, _OPEN_MODE)
+                try:
+                    yield descriptor
+                finally:
+                    os.fchmod(descriptor, _CLOSED_MODE)
+        finally:
+            os.close(descriptor)
+
+    def close_directories(self) -> None:
+        """Give every directory its protection, whatever it has now. Idempotent."""
+        for directory in (*map(self.directory, SEALED_DIRECTORIES), self.layout.active):
+            descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            try:
+                if self.protection == "chattr":
+                    fsflags.set_flag(descriptor, fsflags.IMMUTABLE, True)
+                else:
+                    os.fchmod(descriptor, _CLOSED_MODE)
+            finally:
+                os.close(descriptor)
+
+
+def open_vault(layout: Layout, wanted: protection.Wanted) -> Vault:
+    """Open the vault under ``layout``, or make it: its identity file is the first thing in it.
+
+    Raises ``ProtectionError`` (the wanted protection can't be had, or less than the vault was made with),
+    ``RefusedError`` (made by a newer pgkeep, or something else lives there), ``StorageError``.
+    """
+    prepare_root(layout)
+    fresh = not layout.exists
+    if fresh:
+        _make_directories(layout)
+    else:
+        read_identity(layout)
+    chosen = protection.choose(protection.probe(layout.incoming), wanted, os.geteuid() == 0)
+    if not fresh and chosen.protection != "chattr" and _is_flagged(layout.active):
+        raise ProtectionError(
+            "the vault's directories carry the immutable flag, which this process may not set or lift",
+            fsflags.CAPABILITY_HINT,
+        )
+    vault = Vault(layout, chosen.protection, chosen.warning)
+    if fresh:
+        identity = Identity(FORMAT, secrets.token_hex(16), dt.datetime.now(dt.UTC))
+        durable.write_atomically(layout.active, IDENTITY_NAME, msgspec.json.encode(identity) + b"\n", 0o444)
+        if vault.protection == "chattr":
+            fsflags.set_path_flag(layout.active / IDENTITY_NAME, fsflags.IMMUTABLE, True)
+        vault.close_directories()
+    return vault
+
+
+def read_identity(layout: Layout) -> Identity:
+    """Raises ``RefusedError`` for a vault that a newer pgkeep wrote, ``FormatError`` for a broken one."""
+    try:
+        identity = msgspec.json.decode((layout.active / IDENTITY_NAME).read_bytes(), type=Identity)
+    except (msgspec.MsgspecError, OSError) as error:
+        raise FormatError(f"the vault's identity file is unreadable: {error}") from error
+    if identity.format > FORMAT:
+        raise RefusedError(f"the vault has format {identity.format}, known here is {FORMAT}", "use a newer pgkeep")
+    return identity
+
+
+def _make_directories(layout: Layout) -> None:
+    if layout.active.exists() and any(layout.active.iterdir()):
+        known = {*SEALED_DIRECTORIES, layout.incoming.name, layout.quarantine.name}
+        strange = [path.name for path in layout.active.iterdir() if path.name not in known or _has_files(path)]
+        if strange:
+            hint = "give pgkeep an empty directory (PGKEEP_ROOT); was a volume swapped?"
+            raise RefusedError(
+                f"{layout.active} holds {strange[0]!r} but is no vault: its identity file is missing", hint
+            )
+    with durable.explain(layout.active, "making the vault's directories"):
+        layout.active.mkdir(mode=_OPEN_MODE, exist_ok=True)
+        for name in SEALED_DIRECTORIES:
+            (layout.active / name).mkdir(mode=_OPEN_MODE, exist_ok=True)
+        layout.incoming.mkdir(mode=0o700, exist_ok=True)
+        layout.quarantine.mkdir(mode=0o700, exist_ok=True)
+        durable.fsync_directory(layout.active)
+
+
+def _has_files(path: Path) -> bool:
+    return path.is_dir() and any(path.iterdir())
+
+
+def _is_flagged(directory: Path) -> bool:
+    try:
+        with fsflags.opened(directory) as descriptor:
+            return fsflags.has_flag(descriptor, fsflags.IMMUTABLE)
+    except fsflags.UnsupportedFlagsError:
+        return False

@@ -1,0 +1,121 @@
+"""What lies in the vault: read the catalog, recover after a crash, put strangers aside."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime as dt
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from pgkeep.adapters import durable, fsflags
+from pgkeep.domain import manifest as manifests
+from pgkeep.domain import names
+from pgkeep.domain.catalog import SealedBackup
+from pgkeep.errors import FormatError, NotFoundError
+from pgkeep.progress import Progress
+from pgkeep.vault import audit_log, expire, journal, seal
+from pgkeep.vault.layout import SEALED_DIRECTORIES, Layout, Vault
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Catalog:
+    """Every sealed backup, and what could not be read as one, in words."""
+
+    backups: tuple[SealedBackup, ...]
+    defects: tuple[str, ...]
+
+
+def read_catalog(layout: Layout) -> Catalog:
+    """Read every manifest. Raises ``NotFoundError`` where there is no vault."""
+    if not layout.exists:
+        raise NotFoundError(f"there is no vault under {layout.root}", "`pgkeep backup` makes it; or set PGKEEP_ROOT")
+    backups: list[SealedBackup] = []
+    defects: list[str] = []
+    for directory in SEALED_DIRECTORIES:
+        for path in sorted((layout.active / directory).glob("*" + names.MANIFEST_SUFFIX)):
+            try:
+                backups.append(_read(path))
+            except (FormatError, OSError) as error:
+                defects.append(f"{directory}/{path.name}: {error}")
+    return Catalog(tuple(backups), tuple(defects))
+
+
+def _read(path: Path) -> SealedBackup:
+    manifest = manifests.decode(path.read_bytes())
+    if manifest.filename + names.MANIFEST_SUFFIX != path.name or "/" in manifest.filename:
+        raise FormatError(f"it names another file: {manifest.filename!r}")
+    missing = tuple(_missing(path.parent / manifest.filename, manifest))
+    if missing:
+        return SealedBackup(manifest, path.parent.name, "incomplete", missing)
+    bare = tuple(_unprotected(path.parent / manifest.filename, path, manifest))
+    return SealedBackup(manifest, path.parent.name, "unprotected" if bare else "sealed", bare)
+
+
+def _missing(dump: Path, manifest: manifests.Manifest) -> Iterator[str]:
+    if not dump.is_file():
+        yield "the dump is missing"
+    elif dump.stat().st_size != manifest.size_bytes:
+        yield f"the dump has {dump.stat().st_size} bytes, the manifest says {manifest.size_bytes}"
+    if not dump.with_name(dump.name + names.CHECKSUM_SUFFIX).is_file():
+        yield "the checksum file is missing"
+
+
+def _unprotected(dump: Path, manifest_path: Path, manifest: manifests.Manifest) -> Iterator[str]:
+    for path in (dump, dump.with_name(dump.name + names.CHECKSUM_SUFFIX), manifest_path):
+        if manifest.protection == "chattr" and _flag_is_missing(path):
+            yield f"{path.name} has lost its immutable flag"
+        if manifest.protection != "none" and path.stat().st_mode & 0o222:
+            yield f"{path.name} has become writable"
+
+
+def _flag_is_missing(path: Path) -> bool:
+    """False where we may not look: the dump is closed to those who only list."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except PermissionError:
+        return False
+    try:
+        return not fsflags.has_flag(descriptor, fsflags.IMMUTABLE)
+    except fsflags.UnsupportedFlagsError:
+        return True
+    finally:
+        os.close(descriptor)
+
+
+def recover(vault: Vault, progress: Progress) -> None:
+    """Finish or undo what a crash left, close every directory again, and put strangers aside. Idempotent."""
+    for entry in list(journal.pending(vault.layout.journal)):
+        if entry.action == "expire":
+            expire.finish_removal(vault, entry)
+            outcome = "its removal was finished"
+        elif seal.undo_or_finish(vault, entry, progress):
+            outcome = "it is whole and sealed"
+        else:
+            outcome = "it was undone"
+        progress.warn(f"a run before this one was cut off while it worked on {entry.id}: {outcome}")
+    for path in vault.layout.incoming.iterdir():
+        if durable.is_temporary(path.name):
+            path.unlink()
+    for directory in SEALED_DIRECTORIES:
+        for name in _strangers(vault.directory(directory)):
+            _put_aside(vault, vault.directory(directory), name)
+            progress.warn(f"{directory}/{name} belongs to no backup and was moved to {vault.layout.quarantine}")
+    vault.close_directories()
+
+
+def _strangers(directory: Path) -> list[str]:
+    present = {path.name for path in directory.iterdir()}
+    backups = {name.removesuffix(names.MANIFEST_SUFFIX) for name in present if name.endswith(names.MANIFEST_SUFFIX)}
+    known = {backup + suffix for backup in backups for suffix in ("", *names.SIDECAR_SUFFIXES)}
+    return sorted(present - known)
+
+
+def _put_aside(vault: Vault, directory: Path, name: str) -> None:
+    moment = dt.datetime.now(dt.UTC).strftime("%Y%m%dT%H%M%S.%fZ")
+    target = vault.layout.quarantine / f"{moment}-{directory.name}-{name}"[:255]
+    with durable.explain(directory / name, "moving it to quarantine"), vault.unlocked(directory):
+        if vault.protection == "chattr" and (directory / name).is_file() and not (directory / name).is_symlink():
+            fsflags.set_path_flag(directory / name, fsflags.IMMUTABLE, False)
+        (directory / name).rename(target)
+    audit_log.record(vault, "quarantined", path=f"{directory.name}/{name}", moved_to=target.name)

@@ -1,0 +1,100 @@
+"""Is a sealed backup still what was sealed? Every defect is named; nothing is repaired."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+
+from pgkeep.adapters import durable
+from pgkeep.adapters.artifact_reader import LocalFile
+from pgkeep.domain import manifest as manifests
+from pgkeep.domain import names
+from pgkeep.domain.catalog import SealedBackup
+from pgkeep.domain.manifest import Manifest
+from pgkeep.errors import FormatError, NotFoundError, StorageError
+from pgkeep.vault.inspect import Depth, Inspection, inspect, large_object_count, statistics
+
+
+class Finding(msgspec.Struct, frozen=True):
+    """One defect: a word for machines, a sentence for people."""
+
+    code: str
+    message: str
+
+
+class Report(msgspec.Struct, frozen=True):
+    """The result for one file. ``checked`` says how deep the look went."""
+
+    path: str
+    ok: bool
+    findings: tuple[Finding, ...]
+    checked: Depth
+    size_bytes: int
+    sha256: str
+    id: str | None = None
+
+
+def verify_backup(active: Path, backup: SealedBackup, depth: Depth) -> Report:
+    """Check a backup of the vault: its state and protection, its sidecars, and all of its content."""
+    findings = [Finding(backup.state, problem) for problem in backup.problems]
+    path = active / backup.path_in_vault
+    try:
+        report = verify_path(path, depth)
+    except (NotFoundError, StorageError) as error:
+        unreadable = (*findings, Finding("unreadable", error.message))
+        return Report(str(path), False, unreadable, depth, 0, "", backup.manifest.id)
+    findings += report.findings
+    return msgspec.structs.replace(report, ok=not findings, findings=tuple(findings), id=backup.manifest.id)
+
+
+def verify_path(path: Path, depth: Depth) -> Report:
+    """Check a file wherever it lies, with the sidecars beside it. Raises ``NotFoundError``, ``StorageError``."""
+    with durable.explain(path, "reading the backup"), LocalFile.open(path) as file:
+        # What the disk holds, not what memory remembers.
+        durable.drop_cache(file.descriptor)
+        inspection = inspect(file, depth)
+    findings = [Finding("content", defect) for defect in inspection.defects]
+    findings += _checksum(path, inspection)
+    manifest_path = path.with_name(path.name + names.MANIFEST_SUFFIX)
+    identifier = None
+    try:
+        manifest = manifests.decode(manifest_path.read_bytes())
+        identifier = manifest.id
+        findings += _against_manifest(path, inspection, manifest)
+    except FileNotFoundError:
+        findings.append(Finding("manifest-missing", f"{manifest_path.name} is missing"))
+    except FormatError as error:
+        findings.append(Finding("manifest", error.message))
+    return Report(str(path), not findings, tuple(findings), depth, inspection.size_bytes, inspection.sha256, identifier)
+
+
+def _checksum(path: Path, inspection: Inspection) -> Iterator[Finding]:
+    sidecar = path.with_name(path.name + names.CHECKSUM_SUFFIX)
+    try:
+        with sidecar.open("rb") as file:
+            text = file.read(4096)
+    except FileNotFoundError:
+        yield Finding("checksum-missing", f"{sidecar.name} is missing")
+        return
+    if text != f"{inspection.sha256}  {path.name}\n".encode():
+        yield Finding("checksum", f"the digest differs from {sidecar.name}")
+
+
+def _against_manifest(path: Path, inspection: Inspection, manifest: Manifest) -> Iterator[Finding]:
+    found: dict[str, object] = {
+        "filename": path.name,
+        "size_bytes": inspection.size_bytes,
+        "sha256": inspection.sha256,
+    }
+    if inspection.index is not None:
+        found |= {
+            "kind": inspection.index.header.content,
+            "tables": statistics(inspection.index),
+            "large_objects": large_object_count(inspection.index),
+            "raw_bytes": sum(part.raw_bytes for part in inspection.index.parts),
+        }
+    for name, value in found.items():
+        if getattr(manifest, name) != value:
+            yield Finding("manifest", f"the manifest's {name} differs from the file")

@@ -1,0 +1,192 @@
+"""Builds the services from the configuration; and agent and vault in one process, for where no boundary is wanted."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime as dt
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from pgkeep.adapters import durable, postgres
+from pgkeep.agent import dump, handover
+from pgkeep.config import Settings
+from pgkeep.domain import catalog, names, retention
+from pgkeep.domain.catalog import SealedBackup
+from pgkeep.domain.names import Tier
+from pgkeep.domain.request import Request
+from pgkeep.errors import NotFoundError, PgkeepError, StorageError
+from pgkeep.progress import Progress
+from pgkeep.vault import audit_log, expire, seal, store
+from pgkeep.vault.layout import Layout, Vault, open_vault, prepare_root
+
+_Dump = Callable[[handover.Staged], Request]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Failure:
+    """One database whose backup failed, while others may have gone well."""
+
+    subject: str
+    error: PgkeepError
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Run:
+    """What a backup run brought: sealed backups, failures, and what expired on the way."""
+
+    sealed: tuple[SealedBackup, ...]
+    failures: tuple[Failure, ...]
+    expired: tuple[SealedBackup, ...]
+
+
+class Services:
+    """Everything that the configuration decides, built on demand."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.layout = Layout(settings.root)
+
+    @property
+    def policy(self) -> retention.Policy:
+        chosen = self.settings.retention
+        return retention.Policy({tier: chosen.days(tier) for tier in Tier}, chosen.keep_minimum)
+
+    @property
+    def target(self) -> postgres.Target:
+        """The server, and the database where only one is configured."""
+        database = self.settings.database
+        parameters = {
+            "host": database.host,
+            "port": database.port,
+            "dbname": database.name,
+            "user": database.user,
+            "passfile": database.passfile,
+            "service": database.service,
+            "sslmode": database.sslmode,
+            "sslrootcert": database.sslrootcert,
+        }
+        return postgres.Target.of(parameters, database.password.reveal() if database.password else None)
+
+    @property
+    def dump_options(self) -> dump.Options:
+        chosen = self.settings.dump
+        return dump.Options(
+            jobs=chosen.jobs,
+            spool_compression=chosen.spool_compression,
+            lock_timeout_seconds=chosen.lock_timeout_seconds,
+            retries=chosen.retries,
+            connect_timeout_seconds=self.settings.database.connect_timeout_seconds,
+        )
+
+    def catalog(self) -> store.Catalog:
+        """Raises ``NotFoundError`` where there is no vault."""
+        return store.read_catalog(self.layout)
+
+    def find(self, reference: str, database: str | None = None) -> SealedBackup:
+        """The backup of the vault that a person means. Raises ``NotFoundError``, ``UsageError``."""
+        return catalog.resolve(self.catalog().backups, reference, database=database)
+
+    def locate(self, reference: str, database: str | None = None) -> tuple[Path, SealedBackup | None]:
+        """As :meth:`find`, or a file anywhere: an existing path wins."""
+        path = Path(reference)
+        if path.is_file():
+            return path, None
+        if "/" in reference and (path.is_absolute() or not self.layout.exists):
+            raise NotFoundError(f"{reference} does not exist")
+        backup = self.find(reference, database)
+        return self.layout.active / backup.path_in_vault, backup
+
+    @contextlib.contextmanager
+    def vault(self, progress: Progress, wait_seconds: float) -> Iterator[Vault]:
+        """The vault, ours alone until the end of the block, recovered from whatever happened before.
+
+        Raises ``BusyError`` after ``wait_seconds``, ``ProtectionError``, ``StorageError``, ``RefusedError``.
+        """
+        prepare_root(self.layout)
+        with durable.locked(self.layout.lock, wait_seconds, lambda holder: progress.note(f"waiting for {holder}")):
+            vault = open_vault(self.layout, self.settings.storage.protection)
+            if vault.warning:
+                progress.warn(vault.warning)
+            store.recover(vault, progress)
+            yield vault
+
+    def backup(self, tier: Tier, progress: Progress, wait_seconds: float) -> Run:
+        """Dump and seal every configured database, then the globals, then expire. Raises where nothing can begin.
+
+        A database that fails does not keep the others from being backed up: it is in ``failures``.
+        """
+        with self.vault(progress, wait_seconds) as vault:
+            handover.sweep(self.layout.staging)
+            progress.step("backup.started")
+            databases = self._databases()
+            rules = self._rules(named_by_database=len(databases) > 1)
+            runs: list[tuple[str, _Dump]] = [
+                (name or "database", self._database_dump(name, tier, progress)) for name in databases
+            ]
+            if self.settings.database.globals == "auto":
+                runs.append(("globals", self._globals_dump(databases[0], tier, progress)))
+            outcomes = [self._run(vault, subject, make, rules, progress) for subject, make in runs]
+            expired = self._expire(vault, progress)
+        return Run(
+            tuple(each for each in outcomes if isinstance(each, SealedBackup)),
+            tuple(each for each in outcomes if isinstance(each, Failure)),
+            tuple(expired),
+        )
+
+    def plan_cleanup(self) -> list[retention.Decision]:
+        """What would expire now, with a reason for every backup. Raises ``NotFoundError``."""
+        return retention.plan(self.catalog().backups, self.policy, dt.datetime.now(dt.UTC))
+
+    def cleanup(self, progress: Progress, wait_seconds: float) -> list[retention.Decision]:
+        """Carry :meth:`plan_cleanup` out."""
+        self.catalog()
+        with self.vault(progress, wait_seconds) as vault:
+            decisions = self.plan_cleanup()
+            expire.carry_out(vault, decisions, progress)
+        return decisions
+
+    def _rules(self, *, named_by_database: bool) -> seal.Rules:
+        return seal.Rules(self.policy, self.settings.storage.reserve_bytes, named_by_database=named_by_database)
+
+    def _databases(self) -> Sequence[str | None]:
+        database = self.settings.database
+        if database.all_databases:
+            with postgres.connect(self.target, timeout_seconds=database.connect_timeout_seconds) as connection:
+                return postgres.list_databases(connection)
+        return database.names or (database.name,)
+
+    def _database_dump(self, name: str | None, tier: Tier, progress: Progress) -> _Dump:
+        target = self.target.database(name) if name else self.target
+        return lambda staged: dump.dump_database(staged, target, tier, self.dump_options, progress)
+
+    def _globals_dump(self, name: str | None, tier: Tier, progress: Progress) -> _Dump:
+        target = self.target.database(name) if name else self.target
+        return lambda staged: dump.dump_globals(staged, target, tier, self.dump_options, progress)
+
+    def _run(
+        self, vault: Vault, subject: str, make: _Dump, rules: seal.Rules, progress: Progress
+    ) -> SealedBackup | Failure:
+        staged = handover.Staged(self.layout.staging, names.new_identifier(dt.datetime.now(dt.UTC)))
+        progress.note(f"dumping {subject}")
+        try:
+            with durable.explain(self.layout.staging, f"dumping {subject}"):
+                make(staged)
+            progress.note(f"sealing {subject}")
+            return seal.seal(vault, staged.ready.name, rules, progress)
+        except PgkeepError as error:
+            failure = Failure(subject, error)
+            self._record_failure(vault, staged.identifier, failure, progress)
+            return failure
+        finally:
+            staged.remove()
+
+    def _record_failure(self, vault: Vault, identifier: str, failure: Failure, progress: Progress) -> None:
+        try:
+            audit_log.record(vault, "backup failed", id=identifier, of=failure.subject, reason=failure.error.message)
+        except StorageError as error:
+            # The failure itself is what the caller must hear of; a full disk often causes both.
+            progress.warn(f"the failure could not be written to the audit log: {error.message}")
+
+    def _expire(self, vault: Vault, progress: Progress) -> list[SealedBackup]:
+        return expire.carry_out(vault, self.plan_cleanup(), progress)
