@@ -184,11 +184,12 @@ def _dumped(database: Database, dump: Path) -> Source:
     return Source(database, dump, toc.read((dump / "toc.dat").read_bytes(), "utf-8"), extension)
 
 
-def _restore(source: Source, chosen: Selection, target: Database, tmp_path: Path) -> None:
+def _restore(source: Source, chosen: Selection, target: Database, tmp_path: Path, *options: str) -> None:
     listing = tmp_path / "list"
     listing.write_text(chosen.list_file())
     connection = f"--dbname={target.conninfo}"
-    completed = process.run([source.tool("pg_restore"), "--exit-on-error", "-L", listing, connection, source.dump])
+    program = source.tool("pg_restore")
+    completed = process.run([program, "--exit-on-error", "-L", listing, connection, *options, source.dump])
     assert (completed.return_code, completed.stderr) == (0, "")
 
 
@@ -412,7 +413,7 @@ def test_every_table_at_once(source: Source, new_database: NewDatabase, tmp_path
     assert len(chosen.data_dump_ids) == sum(entry.is_table_data for entry in source.toc.entries)
     assert chosen.orphaned_foreign_keys == ()
     assert list(chosen.dump_ids) == [e.dump_id for e in source.toc.entries if e.dump_id in set(chosen.dump_ids)]
-    _restore(source, chosen, target, tmp_path)
+    _restore(source, chosen, target, tmp_path, "--jobs=2")
     left_out = {source.toc.by_dump_id[e.dump_id].description for e in source.toc.entries} - {
         kind for kind, _ in source.names(chosen)
     }

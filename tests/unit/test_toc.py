@@ -219,6 +219,7 @@ def test_a_preamble_of_another_kind(other: dict[str, int], message: str) -> None
     [
         ({"dump_id": 0}, "not positive"),
         ({"dump_id": -7}, "not positive"),
+        ({"dump_id": 2**31}, "impossible number"),
         ({"oid": "-1"}, "malformed number"),
         ({"oid": " 1"}, "malformed number"),
         ({"oid": "1_0"}, "malformed number"),

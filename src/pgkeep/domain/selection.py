@@ -246,6 +246,7 @@ class _Chooser:
             child.dump_id: (attach, toc.by_dump_id[parent])
             for parent, pairs in toc.partitions.items()
             for attach, child in pairs
+            if attach is not child
         }
         self._exists = exists
         self._home: dict[int, int] = {}
@@ -436,8 +437,7 @@ _REFERENCES = re.compile(rf'"(?:[^"]|"")*+"|\bREFERENCES {_NAME}')
 
 
 def _matched_name(match: re.Match[str]) -> TableName:
-    schema, name = match.groups()
-    return TableName(None if schema is None else _unquote(schema), _unquote(name))
+    return TableName(None if match[1] is None else _unquote(match[1]), _unquote(match[2]))
 
 
 def _unquote(part: str) -> str:

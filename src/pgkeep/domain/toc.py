@@ -180,7 +180,7 @@ class Toc:
 
     @functools.cached_property
     def partitions(self) -> Mapping[int, Sequence[tuple[Entry, Entry]]]:
-        """Parent's dump id -> (the entry that attaches, the partition). pg_dump 14 and later write such entries."""
+        """Parent's dump id -> (the entry that attaches, the partition); before pg_dump 14 the partition's own entry."""
         found: dict[int, list[tuple[Entry, Entry]]] = {}
         for entry in self.entries:
             if entry.description == "TABLE ATTACH":
@@ -189,6 +189,10 @@ class Toc:
                 parents = [table for table in tables if not _same_name(table, entry)]
                 if len(children) == 1 and len(parents) == 1:
                     found.setdefault(parents[0].dump_id, []).append((entry, children[0]))
+            elif entry.is_table:
+                for parent in self.tables_among(entry):
+                    if _makes_partition(entry.definition, str(parent.table_name)):
+                        found.setdefault(parent.dump_id, []).append((entry, entry))
         return found
 
     def tables_among(self, entry: Entry) -> list[Entry]:
@@ -444,3 +448,7 @@ class _EntryReader:
 
 def _same_name(first: Entry, second: Entry) -> bool:
     return first.name == second.name and first.schema == second.schema
+
+
+def _makes_partition(definition: str, parent: str) -> bool:
+    return f"\nALTER TABLE ONLY {parent} ATTACH PARTITION " in definition or f" PARTITION OF {parent}\n" in definition
