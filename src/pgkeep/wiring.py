@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime as dt
+import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from pgkeep.adapters import durable, postgres
+from pgkeep.adapters import durable, lock, postgres
 from pgkeep.agent import dump, handover
 from pgkeep.config import Settings
 from pgkeep.domain import catalog, names, retention
@@ -90,7 +91,8 @@ class Services:
     def locate(self, reference: str, database: str | None = None) -> tuple[Path, SealedBackup | None]:
         """As :meth:`find`, or a file anywhere: an existing path wins."""
         path = Path(reference)
-        if path.is_file():
+        # With a slash it is meant as a path, whatever lies there: whoever opens it says what is wrong with it.
+        if path.is_file() or ("/" in reference and os.path.lexists(path)):
             return path, None
         if "/" in reference and (path.is_absolute() or not self.layout.exists):
             raise NotFoundError(f"{reference} does not exist")
@@ -104,7 +106,7 @@ class Services:
         Raises ``BusyError`` after ``wait_seconds``, ``ProtectionError``, ``StorageError``, ``RefusedError``.
         """
         prepare_root(self.layout)
-        with durable.locked(self.layout.lock, wait_seconds, lambda holder: progress.note(f"waiting for {holder}")):
+        with lock.locked(self.layout.lock, wait_seconds, lambda holder: progress.note(f"waiting for {holder}")):
             vault = open_vault(self.layout, self.settings.storage.protection)
             if vault.warning:
                 progress.warn(vault.warning)

@@ -23,8 +23,8 @@ from tests import clusters
 from tests.clusters import Database
 
 _SOURCE = Path(pgkeep.__file__).parents[1]
-# What a developer's shell may hold would steer the program, too. libpq takes an empty variable for an absent one.
-_NOT_OURS = ("PGHOST", "PGPORT", "PGUSER", "PGDATABASE", "PGPASSWORD", "PGSERVICE", "PGSSLMODE", "PGOPTIONS")
+# All that a run gets of our environment: what else a developer's shell holds would steer it.
+_INHERITED = ("PATH", "HOME", "TZ", "COVERAGE_PROCESS_START")
 _RUN_SECONDS = 280.0
 
 
@@ -47,7 +47,7 @@ class Keeper:
     def __init__(self, root: Path, environment: Mapping[str, str]) -> None:
         self.root = root
         self.environment = {
-            **dict.fromkeys(_NOT_OURS, ""),
+            **{name: os.environ[name] for name in _INHERITED if name in os.environ},
             "PYTHONPATH": os.fspath(_SOURCE),
             "PGKEEP_ROOT": os.fspath(root),
             **environment,
@@ -59,8 +59,9 @@ class Keeper:
 
     def run(self, *arguments: str | Path) -> Answer:
         """Run to the end, whatever comes of it."""
-        command = [sys.executable, "-W", "error", "-m", "pgkeep", *arguments]
-        done = process.run(command, environment=self.environment, timeout_seconds=_RUN_SECONDS)
+        settings = [f"{name}={value}" for name, value in self.environment.items()]
+        program = ["env", "-i", *settings, sys.executable, "-W", "error", "-m", "pgkeep"]
+        done = process.run([*program, *arguments], timeout_seconds=_RUN_SECONDS)
         return Answer(done.return_code, done.stdout.decode(), done.stderr)
 
     def json(self, *arguments: str | Path) -> Any:
@@ -78,7 +79,11 @@ class Keeper:
 
     def backup(self, *arguments: str, **variables: str) -> Path:
         """The sealed file of the one database."""
-        return Path(self.of(**variables).json("backup", *arguments)["path"])
+        return self.file(self.of(**variables).json("backup", *arguments))
+
+    def file(self, backup: Mapping[str, Any]) -> Path:
+        """Where a backup lies that ``backup --json`` or ``list --json`` shows."""
+        return self.root / "active" / backup["path"]
 
     def restore(self, reference: str | Path, target: str, *arguments: str) -> Any:
         """Restore; the JSON document."""

@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import itertools
 import os
+import stat
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Protocol
@@ -17,7 +18,9 @@ from pgkeep.domain import artifact
 from pgkeep.domain.artifact import FOOTER_BYTES, Chunk, Footer, Index, LargeObjectsPart, Part, TablePart, TocPart
 from pgkeep.errors import FormatError, NotFoundError, StorageError
 
-LINE_LIMIT_BYTES = artifact.INDEX_LINE_LIMIT_BYTES
+
+# Enough to tell what a strange file is.
+_MAGIC_BYTES = 32
 
 
 class Source(Protocol):
@@ -37,14 +40,20 @@ class LocalFile:
         self.descriptor = descriptor
 
     @classmethod
-    def open(cls, path: Path) -> LocalFile:
-        """Raises ``NotFoundError``, ``StorageError``."""
+    def open(cls, path: Path, *, follow_link: bool = True) -> LocalFile:
+        """A FIFO or a device is not waited for. Raises ``NotFoundError``, ``StorageError`` (also for no regular file)."""
+        flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY | (0 if follow_link else os.O_NOFOLLOW)
         try:
-            return cls(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK))
+            descriptor = os.open(path, flags)
         except FileNotFoundError as error:
             raise NotFoundError(f"{path} does not exist") from error
         except OSError as error:
             raise StorageError(f"can't read {path}: {error.strerror}", "run as a user who may, e.g. root") from error
+        # A device may have no end.
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            os.close(descriptor)
+            raise StorageError(f"{path} is not a regular file", "copy what it yields into one")
+        return cls(descriptor)
 
     @property
     def size_bytes(self) -> int:
@@ -78,7 +87,7 @@ class ArtifactReader:
         """pg_dump's ``toc.dat``; None where the artifact has none (roles and tablespaces)."""
         for offset, part in self.index.placed():
             if isinstance(part, TocPart):
-                return artifact.decode_toc(split_lines(self.text(offset, part), LINE_LIMIT_BYTES))
+                return artifact.decode_toc(split_lines(self.text(offset, part), artifact.TOC_LINE_LIMIT_BYTES))
         return None
 
     def check_digests(self, threads: int, wanted: Callable[[Part], bool] = lambda _: True) -> Iterator[str]:
@@ -158,11 +167,13 @@ def split_lines(pieces: Iterable[bytes], limit_bytes: int) -> Iterator[bytes]:
         first, *others = piece.split(b"\n")
         rest.append(first)
         rest_bytes += len(first)
-        if rest_bytes > limit_bytes:
-            raise FormatError(f"a line is longer than {limit_bytes} bytes")
         for other in others:
+            if rest_bytes > limit_bytes:
+                raise FormatError(f"a line is longer than {limit_bytes} bytes")
             yield b"".join(rest) + b"\n"
             rest, rest_bytes = [other], len(other)
+        if rest_bytes > limit_bytes:
+            raise FormatError(f"a line is longer than {limit_bytes} bytes")
     if last := b"".join(rest):
         yield last
 
@@ -180,18 +191,21 @@ def _sequential(source: Source, offset: int) -> Callable[[int], bytes]:
 def _read_footer(source: Source) -> Footer:
     size_bytes = source.size_bytes
     tail = source.read(max(0, size_bytes - FOOTER_BYTES), FOOTER_BYTES)
-    return artifact.decode_footer(tail, size_bytes)
+    try:
+        return artifact.decode_footer(tail, size_bytes)
+    except FormatError as error:
+        if error.message != artifact.NO_FOOTER:
+            raise
+        raise FormatError(error.message, artifact.foreign_hint(source.read(0, _MAGIC_BYTES))) from error
 
 
 def _read_index(source: Source, footer: Footer) -> Index:
-    pieces = _inflated(source, footer)
-    index = artifact.decode_index(split_lines(pieces, LINE_LIMIT_BYTES))
-    if index.length != footer.index_offset:
-        raise FormatError("the index does not account for every byte before it")
-    return index
+    limit_bytes = artifact.index_limit_bytes(footer.index_offset)
+    lines = split_lines(_inflated(source, footer, limit_bytes), artifact.INDEX_LINE_LIMIT_BYTES)
+    return artifact.decode_index(lines, footer.index_offset)
 
 
-def _inflated(source: Source, footer: Footer) -> Iterator[bytes]:
+def _inflated(source: Source, footer: Footer, limit_bytes: int) -> Iterator[bytes]:
     """The index's text; the digest of its members is compared at the end, before anything is believed."""
     digest = hashlib.sha256()
     read = _sequential(source, footer.index_offset)
@@ -206,6 +220,6 @@ def _inflated(source: Source, footer: Footer) -> Iterator[bytes]:
             left -= len(data)
             yield data
 
-    yield from gzip_members.decompress_all(blocks(), artifact.INDEX_LIMIT_BYTES)
+    yield from gzip_members.decompress_all(blocks(), limit_bytes)
     if digest.hexdigest() != footer.index_sha256:
         raise FormatError("the index's digest differs from the footer")

@@ -10,20 +10,16 @@ import ctypes
 import errno
 import fcntl
 import functools
-import json
 import os
 import secrets
-import socket
 import stat
-import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final, Self
 
 from pgkeep.adapters.fsflags import Place, opened, path_of
-from pgkeep.errors import BusyError, IntegrityError, NotFoundError, RefusedError, StorageError
+from pgkeep.errors import IntegrityError, NotFoundError, RefusedError, StorageError
 
 TEMPORARY_PREFIX: Final = ".pgkeep-temporary-"
 COPY_BLOCK_BYTES: Final = 1024 * 1024
@@ -422,66 +418,6 @@ def punch_hole(fd: int, offset: int, length_bytes: int) -> bool:
 def drop_cache(fd: int) -> None:
     """Let the file's clean pages go, so that the next read comes from the disk. Dirty pages stay."""
     os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-# ---------------------------------------------------------------- the lock
-
-
-@contextmanager
-def locked(path: Path, wait_seconds: float = 0.0, on_wait: Callable[[str], None] | None = None) -> Iterator[None]:
-    """Hold the lock file exclusively (flock: it goes with the process, however that ends).
-
-    ``on_wait`` is told once who holds it. Raises ``BusyError`` saying so when the time is up. The file stays.
-    """
-    with explain(path, "opening the lock file"):
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-    try:
-        with explain(path, "locking"):
-            _acquire(fd, path, wait_seconds, on_wait)
-            _record_holder(fd)
-        yield
-    finally:
-        os.close(fd)
-
-
-def _acquire(fd: int, path: Path, wait_seconds: float, on_wait: Callable[[str], None] | None) -> None:
-    deadline = time.monotonic() + wait_seconds
-    while not _try_lock(fd):
-        holder = _describe_holder(fd)
-        if time.monotonic() >= deadline:
-            raise BusyError(f"{path} is held by {holder}", "wait until it has finished, or stop it")
-        if on_wait is not None:
-            on_wait(holder)
-            on_wait = None
-        time.sleep(min(0.1, max(0.0, deadline - time.monotonic())))
-
-
-def _try_lock(fd: int) -> bool:
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
-def _record_holder(fd: int) -> None:
-    command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:2]])
-    started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    record = {"pid": os.getpid(), "host": socket.gethostname(), "command": command[:200], "started": started}
-    try:
-        # Padded, so that the block stays allocated and a full disk does not stand in the way next time.
-        os.pwrite(fd, json.dumps(record).ljust(1023).encode() + b"\n", 0)
-    except OSError as error:
-        if error.errno not in _FULL:  # a full disk must not keep `cleanup` from making room
-            raise
-
-
-def _describe_holder(fd: int) -> str:
-    try:
-        record = json.loads(os.pread(fd, 4096, 0))
-        return f"process {record['pid']} on {record['host']} ({record['command']}) since {record['started']}"
-    except (ValueError, KeyError, TypeError):  # empty or torn: the holder is about to write it
-        return "another process"
 
 
 # ---------------------------------------------------------------- the C library

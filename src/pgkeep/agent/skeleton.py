@@ -61,6 +61,8 @@ class Shadow:
             position = 0
             for match in pattern.finditer(rest):
                 hole = self._hole(match)
+                if hole.file in seen:
+                    raise FormatError(f"pg_restore printed {hole.file} twice")
                 seen.add(hole.file)
                 yield rest[position : match.start("hole")]
                 yield hole

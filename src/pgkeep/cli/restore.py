@@ -11,7 +11,7 @@ import click
 
 from pgkeep.cli import render
 from pgkeep.cli.context import Context, common_options, pass_context
-from pgkeep.errors import UsageError
+from pgkeep.errors import NotFoundError, UsageError
 
 if TYPE_CHECKING:
     from pgkeep.adapters.postgres import Target
@@ -113,7 +113,8 @@ def _restore(
         progress.warn(f"{path.name}: {problem}")
     progress.note(f"restoring {path.name}")
     with LocalFile.open(path) as file:
-        outcome = restore(file, target, _facts(path, backup), options, _scratch(context), progress)
+        facts = _facts(path, backup) if options.create else None
+        outcome = restore(file, target, facts, options, _scratch(context), progress)
     for note in outcome.notes:
         progress.warn(note)
     if context.json:
@@ -145,12 +146,16 @@ def _target(to: str, password_file: Path | None, progress: Progress) -> Target:
 
 def _facts(path: Path, backup: SealedBackup | None) -> DatabaseFacts | None:
     """What ``--create`` needs: from the catalog, or from a manifest beside the file."""
+    from pgkeep.adapters.sidecars import read_sidecar
     from pgkeep.domain import manifest, names
 
     if backup is not None:
         return backup.manifest.facts
-    sidecar = path.with_name(path.name + names.MANIFEST_SUFFIX)
-    return manifest.decode(sidecar.read_bytes()).facts if sidecar.is_file() else None
+    try:
+        sidecar = read_sidecar(path.with_name(path.name + names.MANIFEST_SUFFIX), manifest.SIZE_LIMIT_BYTES)
+    except NotFoundError:
+        return None
+    return manifest.decode(sidecar).facts
 
 
 def _scratch(context: Context) -> Path:

@@ -14,7 +14,7 @@ import json
 import re
 import struct
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Annotated, Literal, TypeAlias, TypeVar
 
 import msgspec
@@ -24,8 +24,15 @@ from pgkeep.errors import FormatError
 VERSION = 1
 CHUNK_BYTES = 16 * 1024 * 1024
 # A table of 10 TB has 650 000 chunks of about 100 bytes of index each, all on one line.
-INDEX_LINE_LIMIT_BYTES = 256 * 1024 * 1024
-INDEX_LIMIT_BYTES = 1024 * 1024 * 1024
+INDEX_LINE_LIMIT_BYTES = 128 * 1024 * 1024
+INDEX_LIMIT_BYTES = 512 * 1024 * 1024
+# A member of 20 bytes can have an entry of 100 bytes, a table of 60 bytes a line of 900: small files, small indexes.
+INDEX_BYTES_PER_BYTE = 32
+INDEX_LEAST_LIMIT_BYTES = 64 * 1024
+# As text: a million entries of pg_dump's table of contents, with what belongs to them.
+TOC_LIMIT_BYTES = 1024 * 1024 * 1024
+_TOC_LINE_BYTES = 3072
+TOC_LINE_LIMIT_BYTES = 8192
 COMMENT = b"-- "
 # pg_dump ends every table's rows with these lines; they are part of NNNN.dat.
 DATA_END = b"\\.\n\n\n"
@@ -41,7 +48,10 @@ _CODECS = {
 
 _Count = Annotated[int, msgspec.Meta(ge=0, le=2**62)]
 _Identifier = Annotated[int, msgspec.Meta(ge=0, le=2**32 - 1)]
-_FileName = Annotated[str, msgspec.Meta(pattern=r"\A[A-Za-z0-9_]{1,64}\.(dat|toc)\Z")]
+# These become files beside toc.dat: nothing but pg_dump's own two patterns.
+_DataFile = Annotated[str, msgspec.Meta(pattern=r"\A[0-9]{1,10}\.dat\Z")]
+_ListFile = Annotated[str, msgspec.Meta(pattern=r"\Ablobs(_[0-9]{1,10})?\.toc\Z")]
+_Name = Annotated[str, msgspec.Meta(max_length=1024)]
 
 
 class Chunk(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -77,9 +87,9 @@ class TablePart(_Part, frozen=True, tag="table", kw_only=True):
     """One table's rows; the members' bytes are exactly the ``NNNN.dat.gz`` of pg_dump's directory."""
 
     dump_id: _Identifier
-    file: _FileName
-    schema: str
-    name: str
+    file: _DataFile
+    schema: _Name
+    name: _Name
     extension: bool = False
     """True for an extension's configuration table: the extension may have put rows of its own there."""
 
@@ -91,9 +101,9 @@ class TablePart(_Part, frozen=True, tag="table", kw_only=True):
 class LargeObjectsPart(_Part, frozen=True, tag="large_objects", kw_only=True):
     """Large objects as SQL calls; ``file`` is pg_dump's list of them, ``first`` the first one's number."""
 
-    file: _FileName
+    file: _ListFile
     first: _Identifier
-    objects: Annotated[int, msgspec.Meta(ge=1)]
+    objects: Annotated[int, msgspec.Meta(ge=1, le=2**32)]
 
 
 class TocPart(_Part, frozen=True, tag="toc"):
@@ -109,7 +119,7 @@ class Header(msgspec.Struct, frozen=True, kw_only=True):
     pgkeep: Literal["index"] = "index"
     version: int
     content: Literal["database", "globals"]
-    encoding: str
+    encoding: Annotated[str, msgspec.Meta(max_length=64)]
     parts: _Count
 
 
@@ -149,17 +159,33 @@ def encode_index(index: Index) -> Iterator[bytes]:
         yield _encode_line(part)
 
 
-def decode_index(lines: Iterable[bytes]) -> Index:
-    """Read the lines of :func:`encode_index`. Raises ``FormatError``."""
+def index_limit_bytes(data_bytes: int) -> int:
+    """How much text an index of so many bytes of file may have: a small file can't claim to be a large one."""
+    return min(INDEX_LIMIT_BYTES, INDEX_LEAST_LIMIT_BYTES + data_bytes * INDEX_BYTES_PER_BYTE)
+
+
+def decode_index(lines: Iterable[bytes], data_bytes: int) -> Index:
+    """Read the lines of :func:`encode_index`; ``data_bytes`` lie before the index. Raises ``FormatError``.
+
+    It stops at the first part too many, so memory is in proportion to the file.
+    """
     iterator = iter(lines)
     header = _decode_line(next(iterator, b""), _HEADER, 1)
     if header.version != VERSION:
         raise FormatError(f"index version {header.version} is not known here", "use a newer pgkeep")
-    parts = tuple(_decode_line(line, _PART, number) for number, line in enumerate(iterator, 2))
+    parts: list[Part] = []
+    length = 0
+    for number, line in enumerate(iterator, 2):
+        parts.append(_decode_line(line, _PART, number))
+        length += parts[-1].length
+        if length > data_bytes or len(parts) > header.parts:
+            raise FormatError("the index describes more than there is")
     if len(parts) != header.parts:
         raise FormatError(f"the index promises {header.parts} parts and holds {len(parts)}")
+    if length != data_bytes:
+        raise FormatError("the index does not account for every byte before it")
     _check_parts(parts)
-    return Index(header, parts)
+    return Index(header, tuple(parts))
 
 
 def _encode_line(value: msgspec.Struct) -> bytes:
@@ -177,7 +203,7 @@ def _decode_line(line: bytes, decoder: msgspec.json.Decoder[_T], number: int) ->
         raise FormatError(f"line {number} of the index is malformed: {error}") from error
 
 
-def _check_parts(parts: tuple[Part, ...]) -> None:
+def _check_parts(parts: Sequence[Part]) -> None:
     files = [part.file for part in parts if isinstance(part, TablePart | LargeObjectsPart)]
     if len(set(files)) != len(files):
         raise FormatError("the index names a data file twice")
@@ -191,6 +217,9 @@ def _check_parts(parts: tuple[Part, ...]) -> None:
                 raise FormatError(f"the index gives {part.file} to dump id {part.dump_id}")
             if part.rows < 0:
                 raise FormatError(f"the index gives {part.file} less than its end mark")
+    toc_bytes = parts[-1].raw_bytes if parts and isinstance(parts[-1], TocPart) else 0
+    if toc_bytes > TOC_LIMIT_BYTES:
+        raise FormatError(f"the archive's contents (toc.dat) take {toc_bytes} bytes, more than {TOC_LIMIT_BYTES}")
 
 
 def codec(encoding: str) -> str:
@@ -200,8 +229,8 @@ def codec(encoding: str) -> str:
 
 def encode_toc(toc: bytes) -> Iterator[bytes]:
     """``toc.dat`` as lines of SQL comments."""
-    for start in range(0, len(toc), 3072):
-        yield COMMENT + base64.b64encode(toc[start : start + 3072]) + b"\n"
+    for start in range(0, len(toc), _TOC_LINE_BYTES):
+        yield COMMENT + base64.b64encode(toc[start : start + _TOC_LINE_BYTES]) + b"\n"
 
 
 def decode_toc(lines: Iterable[bytes]) -> bytes:
@@ -242,12 +271,33 @@ def encode_footer(footer: Footer) -> bytes:
 FOOTER_BYTES = len(encode_footer(Footer(0, 0, "0" * 64)))
 
 
+NO_FOOTER = "the file does not end in a pgkeep footer"
+# How other files begin, and what restores them; the first that fits.
+_FOREIGN = (
+    (b"\x1f\x8b", "it is cut short, or not pgkeep's: gunzip -c FILE | psql -v ON_ERROR_STOP=1 restores what is there"),
+    (b"PGDMP", "it is an archive of pg_dump: pg_restore -d TARGET FILE"),
+    (b"(\xb5/\xfd", "it is compressed by zstd: zstd -dc FILE | psql -v ON_ERROR_STOP=1"),
+    (b"BZh", "it is compressed by bzip2: bzip2 -dc FILE | psql -v ON_ERROR_STOP=1"),
+    (b"\xfd7zXZ\x00", "it is compressed by xz: xz -dc FILE | psql -v ON_ERROR_STOP=1"),
+    (b"\x04\"M\x18", "it is compressed by lz4: lz4 -dc FILE | psql -v ON_ERROR_STOP=1"),
+    (b"age-encryption.org/", "it is encrypted: age -d -i KEY FILE | gunzip -c | psql -v ON_ERROR_STOP=1"),
+    (b"-----BEGIN AGE", "it is encrypted: age -d -i KEY FILE | gunzip -c | psql -v ON_ERROR_STOP=1"),
+    (b"--", "it is plain SQL: psql -v ON_ERROR_STOP=1 -f FILE"),
+)
+
+
+def foreign_hint(head: bytes) -> str:
+    """What a file without our footer may be, by its first bytes, and the stock command for it."""
+    if not head:
+        return "it is empty"
+    return next((hint for magic, hint in _FOREIGN if head.startswith(magic)), "it is no dump that is known here")
+
+
 def decode_footer(tail: bytes, size_bytes: int) -> Footer:
     """Read a file's last ``FOOTER_BYTES`` bytes; ``size_bytes`` is the whole file's. Raises ``FormatError``."""
     match = _FOOTER_PATTERN.search(tail[-FOOTER_BYTES:])
     if match is None:
-        hint = "it may be cut short, or not be pgkeep's; gunzip -c FILE | psql restores what is there"
-        raise FormatError("the file does not end in a pgkeep footer", hint)
+        raise FormatError(NO_FOOTER)
     if match[1] != b"1":
         raise FormatError(f"footer version {match[1].decode()} is not known here", "use a newer pgkeep")
     footer = Footer(int(match[2]), int(match[3]), match[4].decode("ascii"))

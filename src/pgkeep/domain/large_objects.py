@@ -7,6 +7,7 @@ digits; what :func:`encode` yields goes there and makes up the whole list.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterable, Iterator
 
@@ -55,6 +56,12 @@ def decode(lines: Iterable[bytes], first: int) -> Iterator[tuple[int, bytes]]:
             number = None
         elif line != b"\n":
             raise FormatError("the large objects hold a line that pgkeep did not write")
+
+
+def count(lines: Iterable[bytes], first: int) -> int:
+    """How many large objects the lines of :func:`encode` hold; all of them are checked. Raises ``FormatError``."""
+    numbers = (number for number, _ in decode(lines, first))
+    return sum(1 for _ in itertools.groupby(numbers))
 
 
 def _unhex(pattern: re.Pattern[bytes], line: bytes) -> bytes:

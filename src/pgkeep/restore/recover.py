@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import os
 import re
 import tempfile
@@ -16,6 +17,7 @@ from pgkeep.adapters.artifact_reader import ArtifactReader, LocalFile
 from pgkeep.domain import selection as selections
 from pgkeep.domain import toc as tocs
 from pgkeep.domain.artifact import Part, TablePart, codec
+from pgkeep.domain.contents import disagreements
 from pgkeep.domain.manifest import DatabaseFacts
 from pgkeep.domain.selection import Selection
 from pgkeep.errors import FormatError, RefusedError, RestoreError, ToolError
@@ -119,7 +121,10 @@ def choose_pg_restore(dump_version: str, target_major: int) -> Path:
 
     Raises ``RefusedError`` for a server older than the dump, ``ToolError`` where no such program is installed.
     """
-    dump_major = int(dump_version.split(".")[0])
+    leading = re.match(r"\d{1,4}", dump_version, re.ASCII)
+    if leading is None:
+        raise FormatError(f"{dump_version[:80]!r} is no version of pg_dump", "verify the backup")
+    dump_major = int(leading[0])
     if dump_major > target_major:
         raise RefusedError(
             f"the backup was made by pg_dump {dump_version}; a server of version {target_major} can't read it",
@@ -146,6 +151,9 @@ def _prepare(
     if data is None:
         raise FormatError("this is a backup of roles and tablespaces", "gunzip -c FILE | psql -d postgres")
     toc = tocs.read(data, codec(reader.index.header.encoding))
+    lies = list(itertools.islice(disagreements(reader.index, toc), 5))
+    if lies:
+        raise FormatError("the backup contradicts itself: " + "; ".join(lies), "restore from another copy")
     server = targets.inspect_target(targets.maintenance(target) if options.create else target)
     pg_restore = choose_pg_restore(toc.dump_version, server.major)
     _require_roles(target, toc, options)

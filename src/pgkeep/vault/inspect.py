@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import hashlib
+import itertools
 import os
 from collections.abc import Iterator
 from typing import Literal
 
 from pgkeep.adapters import gzip_members
-from pgkeep.adapters.artifact_reader import ArtifactReader, LocalFile, describe
-from pgkeep.domain import toc
+from pgkeep.adapters.artifact_reader import ArtifactReader, LocalFile, describe, split_lines
+from pgkeep.domain import large_objects, toc
 from pgkeep.domain.artifact import (
     DATA_END,
     TRAILER_TEXT,
+    Chunk,
     Index,
     LargeObjectsPart,
     Part,
@@ -21,12 +24,15 @@ from pgkeep.domain.artifact import (
     TablePart,
     codec,
 )
+from pgkeep.domain.contents import disagreements
 from pgkeep.domain.manifest import TableStatistics
 from pgkeep.errors import FormatError
 
 Depth = Literal["digests", "content"]
 # The trailer stands in the last lines of the SQL.
 _TRAILER_BYTES = 64 * 1024
+# A file that is wrong throughout is described well enough by so many.
+DEFECTS_LIMIT = 1000
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -45,12 +51,19 @@ def inspect(file: LocalFile, depth: Depth) -> Inspection:
     try:
         reader = ArtifactReader(file)
     except FormatError as error:
-        return Inspection(size_bytes, sha256, None, (error.message,))
+        return Inspection(size_bytes, sha256, None, (_explained(error),))
     threads = len(os.sched_getaffinity(0))
-    defects = list(reader.check_content(threads) if depth == "content" else reader.check_digests(threads))
-    if not defects:
-        defects += _structure(reader, depth)
+    checks = reader.check_content(threads) if depth == "content" else reader.check_digests(threads)
+    defects = list(itertools.islice(checks, DEFECTS_LIMIT)) or list(
+        itertools.islice(_structure(reader, depth), DEFECTS_LIMIT)
+    )
+    if len(defects) == DEFECTS_LIMIT:
+        defects.append(f"these are the first {DEFECTS_LIMIT} defects; what follows was not looked at")
     return Inspection(size_bytes, sha256, reader.index, tuple(defects))
+
+
+def _explained(error: FormatError) -> str:
+    return f"{error.message} ({error.hint})" if error.hint else error.message
 
 
 def digest(file: LocalFile) -> tuple[str, int]:
@@ -84,21 +97,24 @@ def _structure(reader: ArtifactReader, depth: Depth) -> Iterator[str]:
         if reader.index.header.content == "database":
             yield from _contents(reader)
         if depth == "content":
-            for offset, part in reader.index.placed():
-                if isinstance(part, TablePart) and not _ends_well(reader, offset, part):
-                    yield f"{describe(part)}: its rows lack their end mark"
+            yield from _data(reader)
     except FormatError as error:
         yield error.message
 
 
 def _trailer(reader: ArtifactReader) -> Iterator[str]:
-    """pg_dump's last words must be there: without them the dump was cut short."""
-    last = b""
+    """pg_dump's last words must be there: without them the dump was cut short. They may lie across a cut."""
+    last: collections.deque[tuple[int, Chunk]] = collections.deque(maxlen=2)
     for offset, part in reader.index.placed():
         if isinstance(part, SqlPart):
-            chunk_offset = offset + part.length - part.chunks[-1].length
-            last = b"".join(reader.text(chunk_offset, SqlPart(chunks=part.chunks[-1:])))[-_TRAILER_BYTES:]
-    if not TRAILER_TEXT.search(last):
+            for chunk in part.chunks:
+                last.append((offset, chunk))
+                offset += chunk.length
+    tail = b""
+    for offset, chunk in last:
+        for piece in reader.text(offset, SqlPart(chunks=(chunk,))):
+            tail = (tail + piece)[-_TRAILER_BYTES:]
+    if not TRAILER_TEXT.search(tail):
         yield "the trailer is missing: pg_dump did not finish"
 
 
@@ -108,17 +124,18 @@ def _contents(reader: ArtifactReader) -> Iterator[str]:
     if data is None:
         yield "the archive's contents (toc.dat) are missing"
         return
-    read = toc.read(data, codec(reader.index.header.encoding))
-    listed = {entry.filename: entry for entry in read.entries if entry.is_table_data}
-    tables = {table.file: table for table in reader.index.tables}
-    for name in sorted(listed.keys() - tables.keys(), key=str):
-        yield f"the data of {listed[name].schema}.{listed[name].name} ({name}) is missing"
-    for name in sorted(tables.keys() - listed.keys()):
-        yield f"{describe(tables[name])} ({name}) is not in the archive's contents"
-    for name in tables.keys() & listed.keys():
-        table, entry = tables[name], listed[name]
-        if (table.dump_id, table.schema, table.name) != (entry.dump_id, entry.schema, entry.name):
-            yield f"{describe(table)} ({name}) is {entry.schema}.{entry.name} in the archive's contents"
+    yield from disagreements(reader.index, toc.read(data, codec(reader.index.header.encoding)))
+
+
+def _data(reader: ArtifactReader) -> Iterator[str]:
+    for offset, part in reader.index.placed():
+        if isinstance(part, TablePart) and not _ends_well(reader, offset, part):
+            yield f"{describe(part)}: its rows lack their end mark"
+        if isinstance(part, LargeObjectsPart):
+            lines = split_lines(reader.text(offset, part), large_objects.LINE_LIMIT_BYTES)
+            found = large_objects.count(lines, part.first)
+            if found != part.objects:
+                yield f"{describe(part)}: it promises {part.objects} large objects and holds {found}"
 
 
 def _ends_well(reader: ArtifactReader, offset: int, part: Part) -> bool:

@@ -9,10 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from pgkeep.adapters import durable, fsflags
+from pgkeep.adapters.sidecars import read_sidecar
 from pgkeep.domain import manifest as manifests
 from pgkeep.domain import names
 from pgkeep.domain.catalog import SealedBackup
-from pgkeep.errors import FormatError, NotFoundError
+from pgkeep.errors import FormatError, NotFoundError, StorageError
 from pgkeep.progress import Progress
 from pgkeep.vault import audit_log, expire, journal, seal
 from pgkeep.vault.layout import SEALED_DIRECTORIES, Layout, Vault
@@ -36,13 +37,13 @@ def read_catalog(layout: Layout) -> Catalog:
         for path in sorted((layout.active / directory).glob("*" + names.MANIFEST_SUFFIX)):
             try:
                 backups.append(_read(path))
-            except (FormatError, OSError) as error:
+            except (FormatError, StorageError, NotFoundError, OSError) as error:
                 defects.append(f"{directory}/{path.name}: {error}")
     return Catalog(tuple(backups), tuple(defects))
 
 
 def _read(path: Path) -> SealedBackup:
-    manifest = manifests.decode(path.read_bytes())
+    manifest = manifests.decode(read_sidecar(path, manifests.SIZE_LIMIT_BYTES))
     if manifest.filename + names.MANIFEST_SUFFIX != path.name or "/" in manifest.filename:
         raise FormatError(f"it names another file: {manifest.filename!r}")
     missing = tuple(_missing(path.parent / manifest.filename, manifest))
@@ -53,12 +54,15 @@ def _read(path: Path) -> SealedBackup:
 
 
 def _missing(dump: Path, manifest: manifests.Manifest) -> Iterator[str]:
-    if not dump.is_file():
+    if dump.is_symlink() or (dump.exists() and not dump.is_file()):
+        yield "the dump is not a regular file"
+    elif not dump.is_file():
         yield "the dump is missing"
     elif dump.stat().st_size != manifest.size_bytes:
         yield f"the dump has {dump.stat().st_size} bytes, the manifest says {manifest.size_bytes}"
-    if not dump.with_name(dump.name + names.CHECKSUM_SUFFIX).is_file():
-        yield "the checksum file is missing"
+    checksum = dump.with_name(dump.name + names.CHECKSUM_SUFFIX)
+    if checksum.is_symlink() or not checksum.is_file():
+        yield "the checksum file is missing or not a regular file"
 
 
 def _unprotected(dump: Path, manifest_path: Path, manifest: manifests.Manifest) -> Iterator[str]:

@@ -9,12 +9,16 @@ import msgspec
 
 from pgkeep.adapters import durable
 from pgkeep.adapters.artifact_reader import LocalFile
+from pgkeep.adapters.sidecars import read_sidecar
 from pgkeep.domain import manifest as manifests
 from pgkeep.domain import names
 from pgkeep.domain.catalog import SealedBackup
 from pgkeep.domain.manifest import Manifest
 from pgkeep.errors import FormatError, NotFoundError, StorageError
 from pgkeep.vault.inspect import Depth, Inspection, inspect, large_object_count, statistics
+
+# A digest, two blanks and a file name.
+_CHECKSUM_LIMIT_BYTES = 4096
 
 
 class Finding(msgspec.Struct, frozen=True):
@@ -41,7 +45,7 @@ def verify_backup(active: Path, backup: SealedBackup, depth: Depth) -> Report:
     findings = [Finding(backup.state, problem) for problem in backup.problems]
     path = active / backup.path_in_vault
     try:
-        report = verify_path(path, depth)
+        report = verify_path(path, depth, follow_link=False)
     except (NotFoundError, StorageError) as error:
         unreadable = (*findings, Finding("unreadable", error.message))
         return Report(str(path), False, unreadable, depth, 0, "", backup.manifest.id)
@@ -49,9 +53,9 @@ def verify_backup(active: Path, backup: SealedBackup, depth: Depth) -> Report:
     return msgspec.structs.replace(report, ok=not findings, findings=tuple(findings), id=backup.manifest.id)
 
 
-def verify_path(path: Path, depth: Depth) -> Report:
+def verify_path(path: Path, depth: Depth, *, follow_link: bool = True) -> Report:
     """Check a file wherever it lies, with the sidecars beside it. Raises ``NotFoundError``, ``StorageError``."""
-    with durable.explain(path, "reading the backup"), LocalFile.open(path) as file:
+    with durable.explain(path, "reading the backup"), LocalFile.open(path, follow_link=follow_link) as file:
         # What the disk holds, not what memory remembers.
         durable.drop_cache(file.descriptor)
         inspection = inspect(file, depth)
@@ -60,12 +64,12 @@ def verify_path(path: Path, depth: Depth) -> Report:
     manifest_path = path.with_name(path.name + names.MANIFEST_SUFFIX)
     identifier = None
     try:
-        manifest = manifests.decode(manifest_path.read_bytes())
+        manifest = manifests.decode(read_sidecar(manifest_path, manifests.SIZE_LIMIT_BYTES))
         identifier = manifest.id
         findings += _against_manifest(path, inspection, manifest)
-    except FileNotFoundError:
-        findings.append(Finding("manifest-missing", f"{manifest_path.name} is missing"))
-    except FormatError as error:
+    except NotFoundError as error:
+        findings.append(Finding("manifest-missing", error.message))
+    except (FormatError, StorageError) as error:
         findings.append(Finding("manifest", error.message))
     return Report(str(path), not findings, tuple(findings), depth, inspection.size_bytes, inspection.sha256, identifier)
 
@@ -73,12 +77,14 @@ def verify_path(path: Path, depth: Depth) -> Report:
 def _checksum(path: Path, inspection: Inspection) -> Iterator[Finding]:
     sidecar = path.with_name(path.name + names.CHECKSUM_SUFFIX)
     try:
-        with sidecar.open("rb") as file:
-            text = file.read(4096)
-    except FileNotFoundError:
-        yield Finding("checksum-missing", f"{sidecar.name} is missing")
+        text = read_sidecar(sidecar, _CHECKSUM_LIMIT_BYTES)
+    except NotFoundError as error:
+        yield Finding("checksum-missing", error.message)
         return
-    if text != f"{inspection.sha256}  {path.name}\n".encode():
+    except (FormatError, StorageError) as error:
+        yield Finding("checksum", error.message)
+        return
+    if text != f"{inspection.sha256}  {path.name}\n".encode(errors="surrogateescape"):
         yield Finding("checksum", f"the digest differs from {sidecar.name}")
 
 

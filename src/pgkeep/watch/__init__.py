@@ -1,0 +1,1 @@
+"""Looking at the whole from outside: what is missing, what is wrong. Changes nothing."""

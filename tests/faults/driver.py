@@ -1,0 +1,90 @@
+"""The real command line in a process of its own, with one fault at a named step.
+
+``FAULT`` in the environment is a JSON object, see :class:`Plan`; the arguments are pgkeep's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime as dt
+import errno
+import json
+import os
+import signal
+import sys
+import time
+import types
+from pathlib import Path
+from typing import Any
+
+from pgkeep.adapters import pgbinaries
+from pgkeep.agent import dump
+from pgkeep.cli import render
+from pgkeep.cli.main import main
+from pgkeep.errors import DatabaseError
+from pgkeep.vault import audit_log, seal
+
+# What counts as a step beside the named ones: the listener is told of bytes while pg_dump runs.
+ADVANCE = "advance"
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What goes wrong, and when. ``action``: kill, term, int, full, error, pause or nothing (only record)."""
+
+    action: str = "nothing"
+    at: str = ""
+    nth: int = 1
+    record: str = ""
+    gate: str = ""
+    days_ago: int = 0
+    without_embedded: bool = False
+
+
+def inject(plan: Plan) -> None:
+    seen: list[str] = []
+
+    def step(_: object, name: str, *__: object) -> None:
+        seen.append(name)
+        if plan.record and name != ADVANCE:
+            with Path(plan.record).open("a") as file:
+                file.write(f"{name}\n")
+        if name == plan.at and seen.count(name) == plan.nth:
+            _act(plan)
+
+    # The listener of the command line: nothing of what works is replaced.
+    render._Log.step = step  # type: ignore[method-assign]
+    render._Log.advance = lambda self, *sizes: step(self, ADVANCE)  # type: ignore[method-assign]
+    if plan.days_ago:
+        _turn_clock_back(plan.days_ago)
+    if plan.without_embedded:
+        pgbinaries.EMBEDDED_DIRECTORIES = ()
+
+
+def _act(plan: Plan) -> None:
+    if plan.action == "pause":
+        Path(plan.gate).write_text("reached")
+        while Path(plan.gate).exists():
+            time.sleep(0.005)
+    elif plan.action == "full":
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    elif plan.action == "error":
+        raise DatabaseError("an error was injected", "none")
+    elif plan.action != "nothing":
+        os.kill(os.getpid(), {"kill": signal.SIGKILL, "term": signal.SIGTERM, "int": signal.SIGINT}[plan.action])
+
+
+def _turn_clock_back(days: int) -> None:
+    class Earlier(dt.datetime):
+        @classmethod
+        def now(cls, tz: dt.tzinfo | None = None) -> Any:
+            return dt.datetime.now(tz) - dt.timedelta(days=days)
+
+    earlier = types.SimpleNamespace(datetime=Earlier, timedelta=dt.timedelta, UTC=dt.UTC)
+    for module in (dump, seal, audit_log):
+        module.dt = earlier  # type: ignore[attr-defined]
+
+
+if __name__ == "__main__":
+    inject(Plan(**json.loads(os.environ.pop("FAULT", "{}"))))
+    main()

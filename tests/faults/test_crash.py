@@ -1,0 +1,195 @@
+"""Whatever cuts a run off at whatever named step: never half a backup to be seen, and the next run cleans up."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import psycopg
+import pytest
+
+from tests import clusters
+from tests.faults.machine import Machine, names_in, processes_of, wait_for
+
+COMMIT = "seal.linked.manifest.json"
+EXPIRY = {"BACKUP_RETENTION_HOURLY_DAYS": "1", "BACKUP_RETENTION_KEEP_MINIMUM": "1"}
+
+
+@pytest.fixture(scope="module")
+def backup_steps(database: clusters.Database) -> list[str]:
+    """Every step of a backup, once each: new ones are tested as soon as they are named."""
+    with clusters.scratch_directory() as directory:
+        names = Machine(directory / "root", database).steps("backup", "daily", record=directory / "steps")
+    firsts = [name.removesuffix("#1") for name in names if name.endswith("#1")]
+    assert len(firsts) > 15
+    assert COMMIT in firsts
+    return firsts
+
+
+@pytest.fixture(scope="module")
+def expiry_steps(database: clusters.Database) -> list[str]:
+    with clusters.scratch_directory() as directory:
+        machine = Machine(directory / "root", database, **EXPIRY)
+        _age(machine)
+        machine.backup()
+        names = machine.steps("cleanup", record=directory / "steps")
+    assert len(names) >= 4, names
+    return names
+
+
+@contextlib.contextmanager
+def noted(text: str) -> Iterator[None]:
+    """An assertion that fails in the body says at which step."""
+    try:
+        yield
+    except BaseException as error:
+        error.add_note(text)
+        raise
+
+
+def _age(machine: Machine) -> list[str]:
+    """A backup and its globals that have expired since."""
+    return [each["id"] for each in machine.backup("hourly", days_ago=10)["backups"]]
+
+
+def _begun(machine: Machine) -> set[str]:
+    """The identifiers that a killed run left in staging."""
+    return {name.split(".")[0] for name in names_in(machine.layout.staging)}
+
+
+def _assert_no_tools_left(machine: Machine) -> None:
+    wait_for(lambda: not processes_of(str(machine.root)), 5.0)
+
+
+def _assert_restores(machine: Machine, identifier: str) -> None:
+    target = machine.database.cluster.conninfo("restored")
+    try:
+        shown = machine.run("restore", identifier, "--to", target, "--create", "--json").must().json
+        assert shown["ok"]
+        assert shown["rows"] == 2300
+    finally:
+        with psycopg.connect(machine.database.cluster.conninfo(), autocommit=True) as connection:
+            connection.execute("DROP DATABASE IF EXISTS restored WITH (FORCE)")
+
+
+def test_killed_at_every_step_the_next_run_mends_it(machine: Machine, backup_steps: list[str]) -> None:
+    kept = {each["id"] for each in machine.backup()["backups"]}
+    for place, step in enumerate(backup_steps):
+        with noted(step):
+            assert machine.run("backup", "daily", action="kill", at=step).code == -9
+            _assert_no_tools_left(machine)
+            between = set(machine.identifiers())
+            begun = _begun(machine)
+            committed = between - kept
+            machine.assert_whole(protected=not committed)
+            assert kept <= between
+            assert bool(committed) == (place >= backup_steps.index(COMMIT))
+            after = machine.backup("daily")
+            machine.assert_at_rest()
+            machine.assert_whole()
+            assert set(machine.identifiers()) == between | {each["id"] for each in after["backups"]}
+            for identifier in begun | committed:
+                told = machine.events(identifier)
+                assert told.count("sealed") == (identifier in committed), told
+                assert told, f"the audit log says nothing of {identifier}"
+            _assert_restores(machine, after["id"])
+            kept = set(machine.identifiers())
+    assert machine.run("verify", "--all", "--json").must().json["ok"]
+    assert len(machine.run("list", "--json").must().json) == len([b for b in machine.backups() if b.directory != "globals"])
+
+
+def test_killed_run_after_run(machine: Machine, backup_steps: list[str]) -> None:
+    """No run ever comes to its end: each has the former one's leavings to clear, and leaves its own."""
+    machine.backup()
+    kept = set(machine.identifiers())
+    for step in (*backup_steps, *reversed(backup_steps)):
+        with noted(step):
+            assert machine.run("backup", "hourly", action="kill", at=step).code == -9
+            machine.assert_whole(protected=False)
+            assert kept <= set(machine.identifiers())
+            kept = set(machine.identifiers())
+    shown = machine.backup()
+    machine.assert_at_rest()
+    machine.assert_whole()
+    _assert_restores(machine, shown["id"])
+    for identifier in machine.identifiers():
+        assert machine.events(identifier).count("sealed") == 1, machine.events(identifier)
+
+
+def test_killed_while_it_recovers(machine: Machine) -> None:
+    """The clearing up is cut off again and again, at each of its own steps."""
+    machine.backup()
+    assert machine.run("backup", action="kill", at=COMMIT).code == -9
+    for step in ("seal.protected-dump", "seal.protected.manifest.json", "seal.audited", "seal.journal-closed"):
+        with noted(step):
+            assert machine.run("backup", action="kill", at=step).code == -9
+            machine.assert_whole(protected=False)
+    assert len(machine.identifiers()) == 3
+    machine.backup()
+    machine.assert_at_rest()
+    for identifier in machine.identifiers():
+        assert machine.events(identifier).count("sealed") == 1
+
+
+@pytest.mark.parametrize(("action", "code"), [("term", 143), ("int", 130)])
+def test_asked_to_end_at_every_step(machine: Machine, backup_steps: list[str], action: str, code: int) -> None:
+    """It ends at once and leaves nothing at all: there is no need of a next run."""
+    machine.backup()
+    kept = set(machine.identifiers())
+    for place, step in enumerate(backup_steps):
+        with noted(step):
+            result = machine.run("backup", "daily", action=action, at=step).must(code)
+            assert result.seconds < 5
+            assert processes_of(str(machine.root)) == []
+            machine.assert_at_rest()
+            machine.assert_whole()
+            sealed = set(machine.identifiers()) - kept
+            assert bool(sealed) == (place >= backup_steps.index(COMMIT))
+            for identifier in sealed:
+                assert machine.events(identifier) == ["sealed"]
+            kept |= sealed
+    machine.backup()
+    machine.assert_at_rest()
+
+
+@pytest.mark.parametrize(("action", "code"), [("full", 6), ("error", 4)])
+def test_an_error_at_every_step(machine: Machine, backup_steps: list[str], action: str, code: int) -> None:
+    machine.backup()
+    kept = set(machine.identifiers())
+    for step in backup_steps:
+        with noted(step):
+            result = machine.run("backup", "daily", action=action, at=step).must(code)
+            if action == "full":
+                assert "the disk is full (" in result.stderr
+                assert str(machine.root) in result.stderr
+            machine.assert_at_rest()
+            machine.assert_whole()
+            assert kept <= set(machine.identifiers())
+            kept = set(machine.identifiers())
+            for identifier in kept:
+                assert machine.events(identifier).count("sealed") == 1
+    machine.backup()
+    machine.assert_at_rest()
+
+
+@pytest.mark.parametrize("action", ["kill", "term", "full"])
+def test_cut_off_while_it_expires(scratch: Path, database: clusters.Database, expiry_steps: list[str], action: str) -> None:
+    machine = Machine(scratch / "root", database, **EXPIRY)
+    machine.backup()
+    kept = set(machine.identifiers())
+    for step in expiry_steps:
+        name, _, number = step.partition("#")
+        with noted(step):
+            aged = _age(machine)
+            result = machine.run("cleanup", action=action, at=name, nth=int(number))
+            assert result.code == {"kill": -9, "term": 143, "full": 6}[action], result
+            machine.assert_whole(protected=False)
+            assert kept <= set(machine.identifiers())
+            if action != "kill":
+                machine.assert_at_rest()
+            machine.run("cleanup").must()
+            machine.assert_at_rest()
+            assert set(machine.identifiers()) == kept
+            for identifier in aged:
+                assert machine.events(identifier)[-2:] == ["expiring", "expired"], machine.events(identifier)
