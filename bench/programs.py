@@ -7,11 +7,12 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pgkeep.adapters import process
+from pgkeep.adapters import process, scratch_cluster
+from pgkeep.adapters.scratch_cluster import ScratchCluster
 from pgkeep.errors import ToolError
 
 Command = Sequence[str | os.PathLike[str]]
@@ -72,9 +73,9 @@ def pgkeep_command() -> list[str]:
 
 
 class Pgkeep:
-    """The command line on one root and one server. ``parameters`` are libpq's."""
+    """The command line on one root and one database."""
 
-    def __init__(self, root: Path, parameters: Mapping[str, str]) -> None:
+    def __init__(self, root: Path, cluster: ScratchCluster, database: str) -> None:
         self.root = root
         configuration = root / "pgkeep.toml"
         configuration.touch()
@@ -82,10 +83,10 @@ class Pgkeep:
             # The machine's own configuration stays out of it.
             "PGKEEP_CONFIG": os.fspath(configuration),
             "PGKEEP_ROOT": os.fspath(root),
-            "DB_HOST": parameters["host"],
-            "DB_PORT": parameters["port"],
-            "DB_USER": parameters["user"],
-            "DB_NAME": parameters["dbname"],
+            "DB_HOST": os.fspath(cluster.socket_directory),
+            "DB_PORT": str(scratch_cluster.PORT),
+            "DB_USER": scratch_cluster.SUPERUSER,
+            "DB_NAME": database,
             "PYTHONPATH": os.fspath(SOURCE),
         }
 
@@ -98,7 +99,7 @@ class Pgkeep:
 
 
 @contextlib.contextmanager
-def _closing(*descriptors: int) -> Any:
+def _closing(*descriptors: int) -> Iterator[None]:
     try:
         yield
     finally:

@@ -60,7 +60,7 @@ class Workspace:
         free_bytes = durable.free_bytes(self.directory)
         if free_bytes < needed_bytes:
             raise RefusedError(
-                f"this run needs about {needed_bytes / 1e9:.0f} GB; {self.directory} has {free_bytes / 1e9:.0f} GB free",
+                f"this run needs {needed_bytes / 1e9:.0f} GB or so; {self.directory} has {free_bytes / 1e9:.0f} GB free",
                 "choose a smaller --scale or --memory-scales, or another --scratch",
             )
 
@@ -90,13 +90,3 @@ def remove(path: Path) -> None:
 def settle() -> None:
     """Wait until everything is on the disk, so that nobody pays for who ran before."""
     os.sync()
-
-
-def allocated_bytes(directory: Path) -> int:
-    """What a tree takes on the disk; a file with several names counts once."""
-    found = {}
-    for parent, _, names in os.walk(directory):
-        for name in names:
-            status = os.lstat(os.path.join(parent, name))
-            found[status.st_ino] = status.st_blocks * 512
-    return sum(found.values())

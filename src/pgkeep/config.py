@@ -67,6 +67,8 @@ __all__ = [
 
 DEFAULT_FILE = Path("/etc/pgkeep/pgkeep.toml")
 FILE_VARIABLE = "PGKEEP_CONFIG"
+# Read where programs are looked for, by adapters.pgbinaries: of the environment only, as PATH is.
+PROGRAMS_VARIABLE = "PGKEEP_PG_BIN"
 _MIB = 1024 * 1024
 
 
@@ -252,7 +254,7 @@ SETTINGS: tuple[Setting, ...] = (
 
 _KEYS = {key for row in SETTINGS for key in row.all_keys()}
 _TABLES = tuple(dict.fromkeys(row.key.partition(".")[0] for row in SETTINGS if "." in row.key))
-_VARIABLES = {FILE_VARIABLE} | {variable for row in SETTINGS for variable in row.all_variables()}
+_VARIABLES = {FILE_VARIABLE, PROGRAMS_VARIABLE} | {variable for row in SETTINGS for variable in row.all_variables()}
 _NAMESPACES = ("PGKEEP_", "BACKUP_RETENTION_")
 # Kubernetes sets these in every container beside a service whose name begins with pgkeep.
 _SERVICE_LINK = re.compile(
@@ -264,11 +266,12 @@ _SELECTION = ("database.name", "database.names", "database.all_databases")
 @dataclass(frozen=True)
 class Loaded:
     """The settings; each key's origin ("default", "file …", "environment DB_HOST", "option --root");
-    and libpq's own variables that are in force, secrets masked."""
+    libpq's own variables that are in force, secrets masked; and the directory that PGKEEP_PG_BIN names."""
 
     settings: Settings
     origins: dict[str, str]
     libpq: dict[str, str]
+    programs: str | None = None
 
 
 class Row(NamedTuple):
@@ -316,7 +319,8 @@ def load(file: Path | None, environment: Mapping[str, str], overrides: Mapping[s
         raise _error(problems)
     origins = {row.key: parsed[row.key].origin if row.key in parsed else "default" for row in SETTINGS}
     in_force = {key for key, found in parsed.items() if found.value}  # `all_databases = false` picks nothing
-    return Loaded(_build(parsed), origins, libpq_variables(environment, in_force))
+    programs = environment.get(PROGRAMS_VARIABLE) or None
+    return Loaded(_build(parsed), origins, libpq_variables(environment, in_force), programs)
 
 
 def describe() -> list[Row]:

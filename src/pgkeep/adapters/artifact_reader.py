@@ -18,7 +18,6 @@ from pgkeep.domain import artifact
 from pgkeep.domain.artifact import FOOTER_BYTES, Chunk, Footer, Index, LargeObjectsPart, Part, TablePart, TocPart
 from pgkeep.errors import FormatError, NotFoundError, StorageError
 
-
 # Enough to tell what a strange file is.
 _MAGIC_BYTES = 32
 
@@ -41,7 +40,7 @@ class LocalFile:
 
     @classmethod
     def open(cls, path: Path, *, follow_link: bool = True) -> LocalFile:
-        """A FIFO or a device is not waited for. Raises ``NotFoundError``, ``StorageError`` (also for no regular file)."""
+        """Waits for no FIFO. Raises ``NotFoundError``, ``StorageError`` (also for what is no regular file)."""
         flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY | (0 if follow_link else os.O_NOFOLLOW)
         try:
             descriptor = os.open(path, flags)

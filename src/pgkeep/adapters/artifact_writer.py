@@ -30,7 +30,8 @@ class ArtifactWriter:
         self._parts.append(part)
 
     def add_large_objects(self, file: str, first: int, objects: int, text: Iterable[bytes]) -> None:
-        chunks = self._compressed(text)
+        # A single object without content has no text, and every part has a member.
+        chunks = self._compressed(text) or (self._member([]),)
         self._parts.append(LargeObjectsPart(chunks=chunks, file=file, first=first, objects=objects))
 
     def add_toc(self, toc: Iterable[bytes]) -> None:
@@ -49,15 +50,15 @@ class ArtifactWriter:
         return index
 
     def _compressed(self, pieces: Iterable[bytes], digest: hashlib._Hash | None = None) -> tuple[Chunk, ...]:
-        chunks = []
-        for text in gzip_members.chunked(pieces):
-            chunk, output = gzip_members.compress(text)
-            for data in output:
-                durable.write_all(self._descriptor, data)
-                if digest is not None:
-                    digest.update(data)
-            chunks.append(chunk)
-        return tuple(chunks)
+        return tuple(self._member(text, digest) for text in gzip_members.chunked(pieces))
+
+    def _member(self, text: list[bytes], digest: hashlib._Hash | None = None) -> Chunk:
+        chunk, output = gzip_members.compress(text)
+        for data in output:
+            durable.write_all(self._descriptor, data)
+            if digest is not None:
+                digest.update(data)
+        return chunk
 
 
 def _runs(places: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:

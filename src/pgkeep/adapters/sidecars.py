@@ -1,4 +1,4 @@
-"""Reads the small files that lie beside a dump, whoever put them there: nothing is followed, waited for or swallowed whole."""
+"""Reads the small files beside a dump, whoever put them there: nothing is followed, waited for, or read without end."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ def _runs(pieces: Iterator[bytes | Hole]) -> Iterator[tuple[list[bytes], Hole | 
     run: list[bytes] = []
     for piece in pieces:
         if isinstance(piece, Hole):
-            yield [*run, piece.quote], piece
+            yield run, piece
             run = []
         else:
             run.append(piece)

@@ -24,7 +24,10 @@ _MARKER_DIGITS = 10
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Hole:
-    """Where a data file's content belongs; ``quote`` opened the literal of a large object's hex digits."""
+    """Where a data file's content belongs; ``quote`` opened the literal of a large object's hex digits.
+
+    The quote itself is the last thing in the piece of SQL before the hole.
+    """
 
     file: str
     quote: bytes = b""

@@ -7,7 +7,7 @@ from typing import Protocol
 
 import click
 
-from pgkeep.config import MASK, Effective, Loaded, effective
+from pgkeep.config import MASK, PROGRAMS_VARIABLE, Effective, Loaded, effective
 
 
 class Context(Protocol):
@@ -42,12 +42,13 @@ def show(context: Context, as_json: bool) -> None:
 
 def _as_json(loaded: Loaded) -> str:
     settings = {row.key: {"value": row.value, "origin": row.origin} for row in effective(loaded)}
-    return json.dumps({"settings": settings, "libpq": loaded.libpq}, indent=2)
+    return json.dumps({"settings": settings, "libpq": loaded.libpq, PROGRAMS_VARIABLE: loaded.programs}, indent=2)
 
 
 def _as_text(loaded: Loaded) -> str:
     libpq = [f"# libpq reads {name} = {json.dumps(value)}" for name, value in loaded.libpq.items()]
-    return "\n".join([_line(row) for row in effective(loaded)] + libpq)
+    programs = [f"# {PROGRAMS_VARIABLE} = {json.dumps(loaded.programs)}"] if loaded.programs else []
+    return "\n".join([_line(row) for row in effective(loaded)] + libpq + programs)
 
 
 def _line(row: Effective) -> str:

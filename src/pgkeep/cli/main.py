@@ -96,10 +96,18 @@ def _fail(context: Context, message: str, hint: str, exit_code: int) -> NoReturn
     if context.json:
         document = {"ok": False, "error": message, "hint": hint, "exit_code": exit_code}
         click.echo(json.dumps(document))
-    click.echo(f"pgkeep: {message}", err=True)
+    _explain(f"pgkeep: {message}")
     if hint:
-        click.echo(f"        {hint}", err=True)
+        _explain(f"        {hint}")
     sys.exit(exit_code)
+
+
+def _explain(text: str) -> None:
+    """Lines for people. A name or a server's words in them may hold anything but must not steer the terminal."""
+    from pgkeep.cli import render
+
+    for line in text.split("\n"):
+        click.echo(render.printable(line), err=True)
 
 
 def _terminate(_: int, __: FrameType | None) -> NoReturn:

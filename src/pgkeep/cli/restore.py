@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     "tables",
     multiple=True,
     metavar="SCHEMA.NAME",
-    help="Only this table, with its partitions, defaults, sequences, indexes and constraints. Repeatable; quote as in SQL.",
+    help="Only this table, with its partitions, sequences, indexes and constraints. Repeatable; quote as in SQL.",
 )
 @click.option("--schema-only", is_flag=True, help="Definitions, no rows.")
 @click.option("--data-only", is_flag=True, help="Rows, into tables that are there already.")
@@ -171,6 +171,7 @@ def _object(outcome: Outcome) -> dict[str, object]:
         "database": outcome.database,
         "tables": outcome.tables,
         "rows": outcome.rows,
+        "duration_seconds": outcome.seconds["total"],
         "seconds": outcome.seconds,
         "notes": list(outcome.notes),
     }

@@ -47,6 +47,9 @@ def command(context: Context, reference: str | None, everything: bool, quick: bo
         _print(report)
     for text in defects:
         click.echo(f"pgkeep: {render.printable(text)}", err=True)
+    if not ok and context.json:
+        # The document above says it all; an error would print a second one.
+        raise click.exceptions.Exit(IntegrityError.exit_code)
     if not ok:
         raise IntegrityError(f"{sum(not report.ok for report in reports) + len(defects)} of {len(reports)} not whole")
 

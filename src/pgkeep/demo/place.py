@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,13 +25,15 @@ _HINT = "name a directory on a disk of its own (ext4, xfs, btrfs): TMPDIR=DIR pg
 class Place:
     """An empty directory for the vault, and what its filesystem was seen to protect for this process.
 
-    ``why`` says what was seen; ``is_ours`` whether the directory itself is to be removed too.
+    ``why`` says what was seen; ``capability_missing``: only this process's rights kept it from immutability;
+    ``is_ours``: the directory itself is to be removed too.
     """
 
     root: Path
     filesystem: str
     protection: Protection
     why: str
+    capability_missing: bool
     is_ours: bool
 
     def remove(self) -> None:
@@ -70,7 +73,10 @@ def temporary() -> Place:
 
 
 def chosen(directory: Path) -> Place:
-    """The directory that a person named: new or empty. Raises ``RefusedError``, ``ProtectionError``, ``StorageError``."""
+    """The directory that a person named, new or empty.
+
+    Raises ``RefusedError``, ``ProtectionError``, ``StorageError``.
+    """
     directory = directory.absolute()
     is_ours = not directory.exists()
     with durable.explain(directory, "making the directory for the demo's vault"):
@@ -94,7 +100,7 @@ def unprotect(top: Path) -> None:
     for name, _, files in os.walk(top):
         with fsflags.opened(Path(name)) as descriptor:
             _clear(descriptor)
-            os.fchmod(descriptor, 0o755)
+            os.fchmod(descriptor, stat.S_IMODE(os.fstat(descriptor).st_mode) | stat.S_IRWXU)
         for path in (Path(name, file) for file in files):
             if path.is_file() and not path.is_symlink():
                 descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
@@ -106,7 +112,9 @@ def unprotect(top: Path) -> None:
 
 def _parents() -> Iterator[Path]:
     """Temporary places first; memory and our own directories after them."""
-    named = [tempfile.gettempdir(), "/var/tmp", "/tmp", "/dev/shm", os.path.expanduser("~"), os.getcwd()]
+    named = [tempfile.gettempdir(), "/var/tmp", "/tmp", "/dev/shm", os.path.expanduser("~")]
+    with contextlib.suppress(FileNotFoundError):  # the current directory may have been removed
+        named.append(os.getcwd())
     yield from (Path(name) for name in dict.fromkeys(map(os.path.realpath, named)))
 
 
@@ -126,7 +134,7 @@ def _try(parent: Path) -> Place:
 
 def _probed(directory: Path, is_ours: bool) -> Place:
     probe = protection.probe(directory)
-    return Place(directory, probe.filesystem, probe.protection, probe.why, is_ours)
+    return Place(directory, probe.filesystem, probe.protection, probe.why, probe.capability_missing, is_ours)
 
 
 def _drop(places: list[Place]) -> None:

@@ -16,6 +16,8 @@ DUMP_NAME = "dump.sql.gz"
 SIZE_LIMIT_BYTES = 4 * 1024 * 1024
 
 _Short = Annotated[str, msgspec.Meta(max_length=1024)]
+# No name of PostgreSQL's holds a zero byte; this one becomes part of a file's name.
+_DatabaseName = Annotated[str, msgspec.Meta(max_length=1024, pattern=r"\A[^\x00]*\Z")]
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -24,7 +26,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     id: Annotated[str, msgspec.Meta(pattern=r"\A\d{8}T\d{6}Z-[0-9a-f]{6}\Z")]
     kind: Kind
     tier: Tier
-    database: _Short
+    database: _DatabaseName
     created_at: Annotated[dt.datetime, msgspec.Meta(tz=True)]
     system_identifier: _Short
     server_version: _Short

@@ -101,7 +101,7 @@ def restore(
         with _timed(seconds, "load"):
             _load(Path(directory), target, plan, options, reader, progress)
         progress.step("restore.loaded")
-    notes = list(_missing_keys(plan))
+    notes = list(_left_out(plan))
     if options.create and facts is not None:
         notes += targets.apply_settings(target, facts)
     parts = [part for part in reader.index.tables if plan.wants(part)]
@@ -204,9 +204,13 @@ def _select(toc: tocs.Toc, target: postgres.Target, options: Options) -> Selecti
     return chosen
 
 
-def _missing_keys(plan: _Plan) -> Iterator[str]:
-    for key in plan.selection.orphaned_foreign_keys if plan.selection else ():
+def _left_out(plan: _Plan) -> Iterator[str]:
+    if plan.selection is None:
+        return
+    for key in plan.selection.orphaned_foreign_keys:
         yield f"left out: foreign key {key.constraint} of {key.child}, because {key.parent} is not there"
+    for each in plan.selection.detached:
+        yield f"{each.partition} is no partition of {each.parent} now; to attach it: {each.statement}"
 
 
 def _require_space(scratch: Path, reader: ArtifactReader) -> None:

@@ -20,14 +20,17 @@ _LIST_SETTINGS = frozenset(
     {"local_preload_libraries", "search_path", "session_preload_libraries", "shared_preload_libraries",
      "temp_tablespaces", "unix_socket_directories"}
 )  # fmt: skip
-_NOT_SYSTEM = "oid >= 16384 AND NOT EXISTS (SELECT FROM pg_depend WHERE objid = o.oid AND deptype = 'e')"
-_FIRST_OBJECT = (
-    f"SELECT 'relation ' || o.oid::regclass FROM pg_class o WHERE relkind IN ('r','p','v','m','S','f') AND {_NOT_SYSTEM}"
-    f" UNION ALL SELECT 'function ' || o.oid::regprocedure FROM pg_proc o WHERE {_NOT_SYSTEM}"
-    f" UNION ALL SELECT 'schema ' || nspname FROM pg_namespace o WHERE {_NOT_SYSTEM} AND nspname !~ '^pg_'"
-    f" UNION ALL SELECT 'type ' || o.oid::regtype FROM pg_type o WHERE {_NOT_SYSTEM} AND typrelid = 0 AND typelem = 0"
-    " UNION ALL SELECT 'large object ' || oid FROM pg_largeobject_metadata LIMIT 1"
+# The first thing that a restore could run into: made by a user, and not by an extension.
+_FIRST_OBJECT = """
+WITH own AS (
+    SELECT 'relation ' || oid::regclass AS name, oid FROM pg_class WHERE relkind = ANY ('{r,p,v,m,S,f}')
+    UNION ALL SELECT 'function ' || oid::regprocedure, oid FROM pg_proc
+    UNION ALL SELECT 'schema ' || nspname, oid FROM pg_namespace WHERE nspname !~ '^pg_'
+    UNION ALL SELECT 'type ' || oid::regtype, oid FROM pg_type WHERE typrelid = 0 AND typelem = 0
 )
+SELECT name FROM own WHERE oid >= 16384 AND oid NOT IN (SELECT objid FROM pg_depend WHERE deptype = 'e')
+UNION ALL SELECT 'large object ' || oid FROM pg_largeobject_metadata LIMIT 1
+"""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

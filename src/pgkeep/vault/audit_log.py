@@ -21,12 +21,29 @@ def record(vault: Vault, event: str, **details: Any) -> None:
     line = msgspec.json.encode(entry) + b"\n"
     path = vault.layout.audit
     with durable.explain(path, "writing the audit log"):
-        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
         descriptor = os.open(path, flags, 0o644)
         try:
             if vault.protection == "chattr" and not fsflags.has_flag(descriptor, fsflags.APPEND):
                 fsflags.set_flag(descriptor, fsflags.APPEND, True)
-            durable.write_all(descriptor, line)
+            durable.write_all(descriptor, _after_torn_line(descriptor) + line)
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def holds(vault: Vault, event: str, identifier: str) -> bool:
+    """Was this recorded already, before the crash that is being mended? Raises ``StorageError``."""
+    path = vault.layout.audit
+    wanted = (msgspec.json.encode({"event": event})[1:-1], msgspec.json.encode({"id": identifier})[1:-1])
+    with durable.explain(path, "reading the audit log"):
+        if not path.exists():
+            return False
+        with path.open("rb") as lines:
+            return any(line.endswith(b"}\n") and all(part in line for part in wanted) for line in lines)
+
+
+def _after_torn_line(descriptor: int) -> bytes:
+    """A full disk or a power cut may have left half a record, which can't be taken back: it stays a line of its own."""
+    size_bytes = os.fstat(descriptor).st_size
+    return b"" if size_bytes == 0 or os.pread(descriptor, 1, size_bytes - 1) == b"\n" else b"\n"

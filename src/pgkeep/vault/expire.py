@@ -9,6 +9,7 @@ from pgkeep.adapters import durable
 from pgkeep.domain import names
 from pgkeep.domain.catalog import SealedBackup
 from pgkeep.domain.retention import Decision
+from pgkeep.errors import PgkeepError
 from pgkeep.progress import Progress
 from pgkeep.vault import audit_log, journal, seal
 from pgkeep.vault.layout import Vault
@@ -19,17 +20,21 @@ def carry_out(vault: Vault, decisions: Sequence[Decision], progress: Progress) -
     removed = []
     for decision in decisions:
         if not decision.keep:
-            _remove(vault, decision, progress)
+            with durable.explain(vault.layout.active / decision.backup.path_in_vault, "removing an expired backup"):
+                _remove(vault, decision, progress)
             removed.append(decision.backup)
     return removed
 
 
-def finish_removal(vault: Vault, entry: journal.Entry) -> None:
+def finish_removal(vault: Vault, entry: journal.Entry, progress: Progress) -> None:
     """Remove whatever of the entry's names is left. Idempotent."""
     directory = vault.directory(entry.directory)
     with durable.explain(directory, "removing an expired backup"), vault.unlocked(directory) as descriptor:
         seal.remove_names(descriptor, entry)
-    audit_log.record(vault, "expired", id=entry.id, path=f"{entry.directory}/{entry.filename}")
+    progress.step("expire.unlinked")
+    if not audit_log.holds(vault, "expired", entry.id):
+        audit_log.record(vault, "expired", id=entry.id, path=f"{entry.directory}/{entry.filename}")
+    progress.step("expire.audited")
     journal.close(vault.layout.journal, entry)
 
 
@@ -37,10 +42,22 @@ def _remove(vault: Vault, decision: Decision, progress: Progress) -> None:
     entry = _intent(vault, decision.backup)
     audit_log.record(vault, "expiring", id=entry.id, path=decision.backup.path_in_vault, reason=decision.reason)
     journal.write(vault.layout.journal, entry)
-    progress.step("expire.journal-written")
-    finish_removal(vault, entry)
-    progress.step("expire.removed")
+    try:
+        progress.step("expire.journal-written")
+        finish_removal(vault, entry, progress)
+        progress.step("expire.removed")
+    except BaseException:
+        _settle(vault, entry, progress)
+        raise
     progress.note(f"{decision.backup.path_in_vault}: {decision.reason}")
+
+
+def _settle(vault: Vault, entry: journal.Entry, progress: Progress) -> None:
+    """What is begun is carried through; what goes wrong in that must not hide why it came to it."""
+    try:
+        finish_removal(vault, entry, progress)
+    except PgkeepError as error:
+        progress.warn(f"the next run will finish the removal of {entry.id}: {error.message}")
 
 
 def _intent(vault: Vault, backup: SealedBackup) -> journal.Entry:

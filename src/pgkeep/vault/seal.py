@@ -21,7 +21,7 @@ from pgkeep.domain import request as requests
 from pgkeep.domain.catalog import SealedBackup
 from pgkeep.domain.manifest import Manifest
 from pgkeep.domain.request import Request
-from pgkeep.errors import FormatError, IntegrityError, StorageError
+from pgkeep.errors import FormatError, IntegrityError, PgkeepError, StorageError
 from pgkeep.progress import Progress
 from pgkeep.vault import audit_log, journal
 from pgkeep.vault.inspect import Depth, Inspection, inspect, large_object_count, statistics
@@ -29,6 +29,8 @@ from pgkeep.vault.layout import Vault
 
 DUMP_MODE = 0o440
 SIDECAR_MODE = 0o444
+# NAME_MAX of every filesystem that pgkeep knows; names are ASCII.
+NAME_LIMIT_BYTES = 255
 COPY_STEP_BYTES = 64 * 1024 * 1024
 # No dump takes longer than this.
 PLAUSIBLE_AGE = dt.timedelta(days=14)
@@ -176,6 +178,8 @@ def _free_name(vault: Vault, request: Request, rules: Rules) -> str:
     moment = request.created_at if now - PLAUSIBLE_AGE <= request.created_at <= now else now
     while True:
         name = names.dump_name(moment, database)
+        if len(name + names.SIGNATURE_SUFFIX) > NAME_LIMIT_BYTES:
+            raise FormatError(f"the database's name is too long for a file's: {name[:80]}…")
         taken = vault.directory(directory) / name
         if not taken.exists() and not taken.with_name(name + names.MANIFEST_SUFFIX).exists():
             return name
@@ -185,7 +189,10 @@ def _free_name(vault: Vault, request: Request, rules: Rules) -> str:
 def _sidecars(manifest: Manifest, incoming: int, stack: contextlib.ExitStack) -> Iterator[_Part]:
     """Checksum and manifest, the manifest last."""
     checksum = f"{manifest.sha256}  {manifest.filename}\n".encode()
-    for suffix, data in ((names.CHECKSUM_SUFFIX, checksum), (names.MANIFEST_SUFFIX, manifests.encode(manifest))):
+    encoded = manifests.encode(manifest)
+    if len(encoded) > manifests.SIZE_LIMIT_BYTES:
+        raise IntegrityError(f"the dump's tables make a manifest of {len(encoded)} bytes: nobody could read it")
+    for suffix, data in ((names.CHECKSUM_SUFFIX, checksum), (names.MANIFEST_SUFFIX, encoded)):
         file = stack.enter_context(durable.NewFile.create(incoming, incoming, SIDECAR_MODE))
         durable.write_all(file.fd, data)
         os.fchmod(file.fd, SIDECAR_MODE)
@@ -201,20 +208,29 @@ def _publish(vault: Vault, manifest: Manifest, parts: list[_Part], progress: Pro
         filename=manifest.filename,
         inodes={part.name: part.file.inode for part in parts},
     )
-    journal.write(vault.layout.journal, entry)
-    progress.step("seal.journal-written")
     try:
+        journal.write(vault.layout.journal, entry)
+        progress.step("seal.journal-written")
         with durable.explain(directory, "sealing the backup"), vault.unlocked(directory) as descriptor:
             progress.step("seal.directory-opened")
             for part in parts:
                 part.file.publish(descriptor, part.name)
                 progress.step(f"seal.linked{part.name.removeprefix(manifest.filename) or '-dump'}")
             finish(vault, descriptor, entry, progress)
+        progress.step("seal.directory-closed")
+        _account(vault, entry, manifest, progress)
     except BaseException:
-        undo_or_finish(vault, entry, progress)
+        _settle(vault, entry, progress)
         raise
-    progress.step("seal.directory-closed")
-    _account(vault, entry, manifest, progress)
+
+
+def _settle(vault: Vault, entry: journal.Entry, progress: Progress) -> None:
+    """Undo or finish at once; what goes wrong in that must not hide why it came to it."""
+    try:
+        if undo_or_finish(vault, entry, progress):
+            progress.warn(f"{entry.directory}/{entry.filename} is whole and sealed all the same")
+    except PgkeepError as error:
+        progress.warn(f"the next run will clear up what is left of {entry.id}: {error.message}")
 
 
 def finish(vault: Vault, directory: int, entry: journal.Entry, progress: Progress) -> None:
@@ -226,6 +242,13 @@ def finish(vault: Vault, directory: int, entry: journal.Entry, progress: Progres
 
 
 def _account(vault: Vault, entry: journal.Entry, manifest: Manifest, progress: Progress) -> None:
+    _record_sealed(vault, entry, manifest)
+    progress.step("seal.audited")
+    journal.close(vault.layout.journal, entry)
+    progress.step("seal.journal-closed")
+
+
+def _record_sealed(vault: Vault, entry: journal.Entry, manifest: Manifest) -> None:
     audit_log.record(
         vault,
         "sealed",
@@ -236,9 +259,6 @@ def _account(vault: Vault, entry: journal.Entry, manifest: Manifest, progress: P
         protection=manifest.protection,
         retain_until=manifest.retain_until,
     )
-    progress.step("seal.audited")
-    journal.close(vault.layout.journal, entry)
-    progress.step("seal.journal-closed")
 
 
 def undo_or_finish(vault: Vault, entry: journal.Entry, progress: Progress) -> bool:
@@ -253,10 +273,12 @@ def undo_or_finish(vault: Vault, entry: journal.Entry, progress: Progress) -> bo
             remove_names(descriptor, entry)
     if committed:
         manifest = manifests.decode((directory / manifest_name).read_bytes())
-        _account(vault, entry, manifest, progress)
+        if not audit_log.holds(vault, "sealed", entry.id):
+            _record_sealed(vault, entry, manifest)
     else:
         audit_log.record(vault, "sealing undone", id=entry.id, path=f"{entry.directory}/{entry.filename}")
-        journal.close(vault.layout.journal, entry)
+    progress.step("seal.settled")
+    journal.close(vault.layout.journal, entry)
     return committed
 
 

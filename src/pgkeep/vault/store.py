@@ -91,7 +91,7 @@ def recover(vault: Vault, progress: Progress) -> None:
     """Finish or undo what a crash left, close every directory again, and put strangers aside. Idempotent."""
     for entry in list(journal.pending(vault.layout.journal)):
         if entry.action == "expire":
-            expire.finish_removal(vault, entry)
+            expire.finish_removal(vault, entry, progress)
             outcome = "its removal was finished"
         elif seal.undo_or_finish(vault, entry, progress):
             outcome = "it is whole and sealed"

@@ -67,6 +67,6 @@ def clock(now: dt.datetime, newest_sealed_at: dt.datetime | None, schedule_zone:
     if now.year not in _PLAUSIBLE_YEARS:
         return Check("clock", "fail", f"the clock says {now:%Y-%m-%d %H:%M} UTC", remedy)
     if newest_sealed_at is not None and now + _CLOCK_TOLERANCE < newest_sealed_at:
-        text = f"the clock says {now:%Y-%m-%d %H:%M} UTC; the newest backup was sealed at {newest_sealed_at:%Y-%m-%d %H:%M}"
+        text = f"the clock says {now:%Y-%m-%d %H:%M} UTC, before the newest backup was sealed ({newest_sealed_at})"
         return Check("clock", "fail", text, remedy)
     return Check("clock", "ok", f"{now:%Y-%m-%d %H:%M:%S} UTC ({zone})")

@@ -25,6 +25,7 @@ _DUMPED = """
                        AND d.deptype = 'e')
            OR EXISTS (SELECT FROM pg_extension e WHERE c.oid = ANY (e.extconfig)))
 """
+_WHO_AND_HOW_MUCH = "SELECT quote_ident(current_user), pg_size_pretty(pg_database_size(current_database()))"
 _NAMED = "SELECT format('%I.%I', n.nspname, c.relname)" + _DUMPED
 # LOCK TABLE and COPY want SELECT on the whole table, and USAGE on the way to it.
 _CLOSED_TABLES = _NAMED + (
@@ -35,8 +36,11 @@ _CLOSED_SEQUENCES = _NAMED + (
     " AND c.relkind = 'S'"
     " AND NOT (has_schema_privilege(n.oid, 'USAGE') AND has_sequence_privilege(c.oid, 'SELECT')) ORDER BY 1"
 )
-_FILTERED_TABLES = _NAMED + " AND c.relkind IN ('r', 'p') AND c.relrowsecurity AND row_security_active(c.oid) ORDER BY 1"
-# has_largeobject_privilege is new in 18. A NULL acl leaves the owner alone.
+_FILTERED_TABLES = _NAMED + " AND c.relkind IN ('r', 'p') AND row_security_active(c.oid) ORDER BY 1"
+# Before 18 there is no has_largeobject_privilege, and no acl leaves the owner alone.
+_CLOSED_LARGE_OBJECTS_18 = """
+    SELECT oid::text FROM pg_largeobject_metadata WHERE NOT has_largeobject_privilege(oid, 'SELECT') ORDER BY oid
+"""
 _CLOSED_LARGE_OBJECTS = """
     SELECT m.oid::text FROM pg_largeobject_metadata m
     WHERE NOT current_setting('is_superuser')::bool AND NOT current_setting('lo_compat_privileges')::bool
@@ -145,23 +149,26 @@ def _clock(connection: psycopg.Connection[Any]) -> Check:
 
 
 def _privileges(connection: psycopg.Connection[Any], database: str) -> Iterator[Check]:
-    role, size_bytes = _row(connection, "SELECT current_user, pg_size_pretty(pg_database_size(current_database()))")
+    role, size = _row(connection, _WHO_AND_HOW_MUCH)
     tables, sequences = _names(connection, _CLOSED_TABLES), _names(connection, _CLOSED_SEQUENCES)
-    filtered, objects = _names(connection, _FILTERED_TABLES), _names(connection, _CLOSED_LARGE_OBJECTS)
+    filtered = _names(connection, _FILTERED_TABLES)
+    knows_objects = connection.info.server_version >= 180000
+    objects = _names(connection, _CLOSED_LARGE_OBJECTS_18 if knows_objects else _CLOSED_LARGE_OBJECTS)
     where = f"{database}: {role}"
-    remedy = f'GRANT pg_read_all_data TO "{role}", or SELECT on each and USAGE on its schema'
+    remedy = f"GRANT pg_read_all_data TO {role}, or SELECT on each and USAGE on its schema"
     if tables:
-        yield Check("privileges", "fail", f"{where} may not read {len(tables)} tables: {some(tables)}", remedy)
+        yield Check("privileges", "fail", f"{where} may not read these tables: {some(tables)}", remedy)
     if sequences:
-        yield Check("privileges", "fail", f"{where} may not read {len(sequences)} sequences: {some(sequences)}", remedy)
+        yield Check("privileges", "fail", f"{where} may not read these sequences: {some(sequences)}", remedy)
     if objects:
-        text = f"{where} may not read {len(objects)} large objects: {some(objects)}"
+        text = f"{where} may not read these large objects: {some(objects)}"
         yield Check("privileges", "fail", text, "GRANT SELECT ON LARGE OBJECT …, or dump as their owner or a superuser")
     if filtered:
-        text = f"{where} would see {len(filtered)} tables through row security only: {some(filtered)}"
-        yield Check("privileges", "fail", text, f'pg_dump stops there: ALTER ROLE "{role}" BYPASSRLS, or dump as the owner')
+        text = f"{where} would see these tables through row security only: {some(filtered)}"
+        remedy = f"pg_dump stops there: ALTER ROLE {role} BYPASSRLS, or dump as the tables' owner"
+        yield Check("privileges", "fail", text, remedy)
     if not (tables or sequences or objects or filtered):
-        yield Check("privileges", "ok", f"{where} may read all of it ({size_bytes})")
+        yield Check("privileges", "ok", f"{where} may read all of it ({size})")
 
 
 def _names(connection: psycopg.Connection[Any], query: str) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
 from pgkeep.adapters import durable, fsflags, protection
@@ -56,11 +56,8 @@ def vault(layout: Layout) -> Iterator[Check]:
 def protection_in_force(layout: Layout, wanted: protection.Wanted) -> Iterator[Check]:
     """By what a canary file withstands where it can be put. Raises ``ProtectionError``, ``StorageError``."""
     place = layout.incoming if layout.exists else nearest(layout.root)
-    yield Check("filesystem", "fail" if _is_stacked(place) else "ok", *_filesystem(place))
-    if _is_stacked(place):
-        return
     found = protection.probe(place)
-    where = f"tried in {place}"
+    where = f"tried in {place}, on {found.filesystem}"
     chosen = protection.choose(found, wanted, os.geteuid() == 0)
     if layout.exists and chosen.protection != "chattr" and _is_flagged(layout.active):
         text = "the vault carries the immutable flag, which this process may not set or lift"
@@ -70,16 +67,6 @@ def protection_in_force(layout: Layout, wanted: protection.Wanted) -> Iterator[C
         return
     remedy = fsflags.CAPABILITY_HINT if found.capability_missing else fsflags.UNSUPPORTED_HINT
     yield Check("protection", "warn", f"{chosen.protection}: {chosen.warning} ({where})", remedy)
-
-
-def _filesystem(place: Path) -> tuple[str, str]:
-    kind = durable.filesystem_type(place)
-    remedy = "put it on a volume: a named volume or a bind mount in the Compose file" if _is_stacked(place) else ""
-    return f"{place} is on {kind}", remedy
-
-
-def _is_stacked(place: Path) -> bool:
-    return durable.filesystem_type(place) in protection.STACKED
 
 
 def _is_flagged(directory: Path) -> bool:
@@ -180,7 +167,3 @@ def _age(database: str, age: dt.timedelta) -> Check:
 def sealed_at(catalog: store.Catalog | None) -> dt.datetime | None:
     """When the newest backup was sealed."""
     return max((backup.manifest.sealed_at for backup in catalog.backups), default=None) if catalog else None
-
-
-def known_sizes(facts: Mapping[str, int]) -> int:
-    return sum(facts.values())

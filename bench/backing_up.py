@@ -1,0 +1,84 @@
+"""Backup: pgkeep's, sealing included, against what people use."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from bench import programs, workspace
+from bench.databases import Databases, Say
+from bench.figures import PGKEEP, DatabaseFigures, Race, RatioTarget
+from bench.race import Contender, race
+from bench.workspace import Workspace
+
+DISCARDED = "pg_dump > /dev/null"
+PIPED = "pg_dump | gzip -6 > file"
+GUIDE = "pg_dump > file; gzip -9; sha256 by 8 KiB"
+TARGETS = (RatioTarget(DISCARDED, 1.25), RatioTarget(PIPED, 0.5))
+GUIDE_BLOCK_BYTES = 8192
+
+
+def run(databases: Databases, figures: DatabaseFigures, rounds: int, space: Workspace, say: Say) -> Race:
+    """Everybody backs the same database up, each into a directory of its own that goes afterwards."""
+
+    @contextlib.contextmanager
+    def arena() -> Iterator[Path]:
+        with space.place("backup") as place:
+            workspace.settle()
+            yield place
+        workspace.settle()
+
+    title = f"backup of {figures.name}"
+    timings = race(title, contenders(databases, figures.name), rounds, arena, say)
+    return Race(title, timings, figures.text_bytes)
+
+
+def contenders(databases: Databases, database: str) -> list[Contender[Path]]:
+    """pgkeep first."""
+    conninfo = databases.cluster.conninfo(database)
+    pg_dump = databases.tool("pg_dump")
+
+    def pgkeep(place: Path) -> int:
+        sealed = programs.Pgkeep(place, databases.cluster, database).run("backup", "daily")
+        return int(sealed["size_bytes"])
+
+    def discarded(_: Path) -> None:
+        programs.pipeline([[pg_dump, conninfo]], None)
+
+    def piped(place: Path) -> int:
+        programs.pipeline([[pg_dump, conninfo], ["gzip", "-6"]], place / "dump.sql.gz")
+        return (place / "dump.sql.gz").stat().st_size
+
+    def custom(place: Path) -> int:
+        programs.run([pg_dump, "-Fc", "-f", place / "dump", conninfo])
+        return (place / "dump").stat().st_size
+
+    def directory(place: Path) -> int:
+        programs.run([pg_dump, "-Fd", "-j2", "-f", place / "dump", conninfo])
+        return sum(path.stat().st_size for path in (place / "dump").iterdir())
+
+    def guide(place: Path) -> int:
+        programs.pipeline([[pg_dump, conninfo]], place / "dump.sql")
+        programs.run(["gzip", "-9", place / "dump.sql"])
+        digest_in_small_blocks(place / "dump.sql.gz")
+        return (place / "dump.sql.gz").stat().st_size
+
+    return [
+        Contender(PGKEEP, pgkeep),
+        Contender(DISCARDED, discarded),
+        Contender(PIPED, piped),
+        Contender("pg_dump -Fc -f file", custom),
+        Contender("pg_dump -Fd -j2 -f directory", directory),
+        Contender(GUIDE, guide),
+    ]
+
+
+def digest_in_small_blocks(path: Path) -> str:
+    """sha256 as the deployment guide's script takes it."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        for block in iter(lambda: file.read(GUIDE_BLOCK_BYTES), b""):
+            digest.update(block)
+    return digest.hexdigest()
