@@ -29,6 +29,11 @@ def machine(scratch: Path) -> dict[str, str]:
     }
 
 
+def is_busy() -> bool:
+    """Whether others kept more than half of the processors at work during the last minute."""
+    return os.getloadavg()[0] > len(os.sched_getaffinity(0)) / 2
+
+
 def versions(installation: Installation) -> dict[str, str]:
     """For people: our own, Python's, PostgreSQL's, and those of the libraries and tools that do the work."""
     return {

@@ -87,7 +87,7 @@ class Pgkeep:
             "DB_PORT": str(scratch_cluster.PORT),
             "DB_USER": scratch_cluster.SUPERUSER,
             "DB_NAME": database,
-            "PYTHONPATH": os.fspath(SOURCE),
+            "PYTHONPATH": os.pathsep.join([os.fspath(SOURCE), *filter(None, [os.environ.get("PYTHONPATH")])]),
         }
 
     def command(self, *arguments: str) -> list[str]:

@@ -14,9 +14,11 @@ Row = Sequence[str]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Setting:
-    """What is known before a run. ``machine``, ``versions`` and ``server`` are names and values for people."""
+    """What is known before a run. ``machine``, ``versions`` and ``server`` are names and values for people;
+    ``busy``: others worked on the machine when it began."""
 
     started_at: dt.datetime
+    busy: bool
     scale: float
     rounds: int
     machine: Mapping[str, str]
@@ -53,12 +55,17 @@ def page(results: Results, remarks: str) -> str:
 
 
 def _head(setting: Setting, seconds: float) -> str:
+    warning = "\n\n**Others were at work on the machine when this run began: the figures are rough.**"
     return (
         f"{GENERATED}\n\n# Measurements\n\n"
-        f"One run of {seconds / 60:.0f} minutes, begun on {setting.started_at:%Y-%m-%d at %H:%M} UTC, at scale"
+        f"One run of {_duration(seconds)}, begun on {setting.started_at:%Y-%m-%d at %H:%M} UTC, at scale"
         f" {setting.scale:g}, {_rounds(setting.rounds)}. Contenders take turns within each round; seconds are medians"
         " of the rounds; a ratio is taken round by round, and its median is shown with the lowest and highest."
-    )
+    ) + (warning if setting.busy else "")
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds / 60:.0f} minutes" if seconds >= 120 else f"{seconds:.0f} seconds"
 
 
 def _rounds(count: int) -> str:

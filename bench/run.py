@@ -81,6 +81,7 @@ def measure(plan: Plan, space: Workspace, major: int | None) -> Results:
     installation = databases.choose_installation(major)
     setting = Setting(
         started_at=dt.datetime.now(dt.UTC),
+        busy=machine.is_busy(),
         scale=plan.scale,
         rounds=plan.rounds,
         machine=machine.machine(space.directory),

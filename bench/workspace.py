@@ -58,9 +58,10 @@ class Workspace:
     def require_space(self, needed_bytes: int) -> None:
         """Raises ``RefusedError``."""
         free_bytes = durable.free_bytes(self.directory)
+        needed, free = f"{needed_bytes / 1e9:.0f} GB", f"{free_bytes / 1e9:.0f} GB"
         if free_bytes < needed_bytes:
             raise RefusedError(
-                f"this run needs {needed_bytes / 1e9:.0f} GB or so; {self.directory} has {free_bytes / 1e9:.0f} GB free",
+                f"this run needs {needed} or so; {self.directory} has {free} free",
                 "choose a smaller --scale or --memory-scales, or another --scratch",
             )
 

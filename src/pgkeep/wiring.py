@@ -107,10 +107,11 @@ class Services:
         """
         prepare_root(self.layout)
         with lock.locked(self.layout.lock, wait_seconds, lambda holder: progress.note(f"waiting for {holder}")):
-            vault = open_vault(self.layout, self.settings.storage.protection)
-            if vault.warning:
-                progress.warn(vault.warning)
-            store.recover(vault, progress)
+            with durable.explain(self.layout.root, "opening the vault"):
+                vault = open_vault(self.layout, self.settings.storage.protection)
+                if vault.warning:
+                    progress.warn(vault.warning)
+                store.recover(vault, progress)
             yield vault
 
     def backup(self, tier: Tier, progress: Progress, wait_seconds: float) -> Run:
@@ -119,8 +120,7 @@ class Services:
         A database that fails does not keep the others from being backed up: it is in ``failures``.
         """
         with self.vault(progress, wait_seconds) as vault:
-            handover.sweep(self.layout.staging)
-            progress.step("backup.started")
+            self._sweep(vault, progress)
             databases = self._databases()
             rules = self._rules(named_by_database=len(databases) > 1)
             runs: list[tuple[str, _Dump]] = [
@@ -166,26 +166,45 @@ class Services:
         target = self.target.database(name) if name else self.target
         return lambda staged: dump.dump_globals(staged, target, tier, self.dump_options, progress)
 
+    def _sweep(self, vault: Vault, progress: Progress) -> None:
+        with durable.explain(self.layout.staging, "clearing what a run before this one left"):
+            for name in handover.sweep(self.layout.staging):
+                progress.warn(f"a run before this one was cut off: its {name} was removed from staging")
+                audit_log.record(vault, "staging cleared", id=name.partition(".")[0], removed=name)
+            progress.step("backup.started")
+
     def _run(
         self, vault: Vault, subject: str, make: _Dump, rules: seal.Rules, progress: Progress
     ) -> SealedBackup | Failure:
-        staged = handover.Staged(self.layout.staging, names.new_identifier(dt.datetime.now(dt.UTC)))
-        progress.note(f"dumping {subject}")
+        identifier = names.new_identifier(dt.datetime.now(dt.UTC))
         try:
+            return self._dump_and_seal(vault, identifier, subject, make, rules, progress)
+        except PgkeepError as error:
+            self._record_end(vault, "backup failed", identifier, subject, error.message, progress)
+            return Failure(subject, error)
+        except BaseException as error:
+            self._record_end(vault, "backup interrupted", identifier, subject, type(error).__name__, progress)
+            raise
+
+    def _dump_and_seal(
+        self, vault: Vault, identifier: str, subject: str, make: _Dump, rules: seal.Rules, progress: Progress
+    ) -> SealedBackup:
+        staged = handover.Staged(self.layout.staging, identifier)
+        try:
+            progress.note(f"dumping {subject}")
             with durable.explain(self.layout.staging, f"dumping {subject}"):
                 make(staged)
             progress.note(f"sealing {subject}")
-            return seal.seal(vault, staged.ready.name, rules, progress)
-        except PgkeepError as error:
-            failure = Failure(subject, error)
-            self._record_failure(vault, staged.identifier, failure, progress)
-            return failure
+            with durable.explain(self.layout.active, f"sealing {subject}"):
+                return seal.seal(vault, staged.ready.name, rules, progress)
         finally:
             staged.remove()
 
-    def _record_failure(self, vault: Vault, identifier: str, failure: Failure, progress: Progress) -> None:
+    def _record_end(
+        self, vault: Vault, event: str, identifier: str, subject: str, reason: str, progress: Progress
+    ) -> None:
         try:
-            audit_log.record(vault, "backup failed", id=identifier, of=failure.subject, reason=failure.error.message)
+            audit_log.record(vault, event, id=identifier, of=subject, reason=reason)
         except StorageError as error:
             # The failure itself is what the caller must hear of; a full disk often causes both.
             progress.warn(f"the failure could not be written to the audit log: {error.message}")

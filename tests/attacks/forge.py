@@ -187,6 +187,7 @@ class Forgery:
 
     header: dict[str, Any]
     pieces: list[Piece]
+    header_lies: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def of(cls, data: bytes) -> Forgery:
@@ -209,8 +210,8 @@ class Forgery:
         return b"".join(member for piece in self.pieces for member in piece.members)
 
     def index_text(self) -> bytes:
-        """The index's text; ``parts`` of the header follows unless it was forged away from an integer."""
-        header = {**self.header, "parts": len(self.pieces)} if self.header["parts"] is not None else self.header
+        """The index's text; the number of parts is right unless it is among the lies."""
+        header = {**self.header, "parts": len(self.pieces), **self.header_lies}
         return b"".join(b"-- " + json.dumps(line).encode() + b"\n" for line in (header, *(p.line for p in self.pieces)))
 
     def data(self) -> bytes:

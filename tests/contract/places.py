@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 
 from pgkeep.adapters import durable
@@ -34,3 +35,11 @@ class Place:
     @property
     def has_flags(self) -> bool:
         return self.kind in filesystems.WITH_FLAGS
+
+
+def assert_empty_soon(path: Path) -> None:
+    """libfuse hides an unlinked file that is open, and removes it afterwards."""
+    deadline = time.monotonic() + 5
+    while os.listdir(path) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert os.listdir(path) == []

@@ -7,8 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,34 +15,12 @@ from pgkeep.adapters import durable
 from pgkeep.errors import IntegrityError, NotFoundError, RefusedError, StorageError
 from tests import clusters
 from tests.contract import filesystems
-from tests.contract.filesystems import cleared, forbidding, opened, run_python
+from tests.contract.filesystems import forbidding, opened, run_python
 from tests.contract.places import Place
 
 MIB = 1 << 20
 TYPES = {"ntfs": "fuseblk", "exfat": "fuseblk"}
 mount = filesystems.parametrized(filesystems.KINDS)
-
-
-@pytest.fixture
-def place(mount: tuple[str, Path], tmp_path: Path) -> Iterator[Place]:
-    made = Place(mount[0], mount[1] / tmp_path.name)
-    with cleared(made.active):
-        yield made
-        made.close()
-
-
-@pytest.fixture
-def directory(scratch: Path) -> Iterator[int]:
-    fd = os.open(scratch, os.O_DIRECTORY)
-    yield fd
-    os.close(fd)
-
-
-def assert_empty_soon(path: Path) -> None:
-    deadline = time.monotonic() + 5
-    while os.listdir(path) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert os.listdir(path) == []
 
 
 # Small files, written atomically

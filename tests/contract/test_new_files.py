@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,33 +13,9 @@ from pgkeep.adapters.durable import NewFile
 from pgkeep.errors import RefusedError, StorageError
 from tests.contract import filesystems
 from tests.contract.filesystems import cleared, forbidding, opened, run_python
-from tests.contract.places import Place
+from tests.contract.places import Place, assert_empty_soon
 
-MIB = 1 << 20
-TYPES = {"ntfs": "fuseblk", "exfat": "fuseblk"}
 mount = filesystems.parametrized(filesystems.KINDS)
-
-
-@pytest.fixture
-def place(mount: tuple[str, Path], tmp_path: Path) -> Iterator[Place]:
-    made = Place(mount[0], mount[1] / tmp_path.name)
-    with cleared(made.active):
-        yield made
-        made.close()
-
-
-@pytest.fixture
-def directory(scratch: Path) -> Iterator[int]:
-    fd = os.open(scratch, os.O_DIRECTORY)
-    yield fd
-    os.close(fd)
-
-
-def assert_empty_soon(path: Path) -> None:
-    deadline = time.monotonic() + 5
-    while os.listdir(path) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert os.listdir(path) == []
 
 
 def test_a_new_file_appears_only_when_published(place: Place) -> None:

@@ -17,6 +17,7 @@ import types
 from pathlib import Path
 from typing import Any
 
+from pgkeep import wiring
 from pgkeep.adapters import pgbinaries
 from pgkeep.agent import dump
 from pgkeep.cli import render
@@ -81,7 +82,7 @@ def _turn_clock_back(days: int) -> None:
             return dt.datetime.now(tz) - dt.timedelta(days=days)
 
     earlier = types.SimpleNamespace(datetime=Earlier, timedelta=dt.timedelta, UTC=dt.UTC)
-    for module in (dump, seal, audit_log):
+    for module in (dump, seal, audit_log, wiring):
         module.dt = earlier  # type: ignore[attr-defined]
 
 

@@ -31,8 +31,8 @@ def backup_steps(database: clusters.Database) -> list[str]:
 def expiry_steps(database: clusters.Database) -> list[str]:
     with clusters.scratch_directory() as directory:
         machine = Machine(directory / "root", database, **EXPIRY)
-        _age(machine)
         machine.backup()
+        _age(machine)
         names = machine.steps("cleanup", record=directory / "steps")
     assert len(names) >= 4, names
     return names
@@ -121,7 +121,7 @@ def test_killed_while_it_recovers(machine: Machine) -> None:
     """The clearing up is cut off again and again, at each of its own steps."""
     machine.backup()
     assert machine.run("backup", action="kill", at=COMMIT).code == -9
-    for step in ("seal.protected-dump", "seal.protected.manifest.json", "seal.audited", "seal.journal-closed"):
+    for step in ("seal.protected-dump", "seal.protected.manifest.json", "seal.settled"):
         with noted(step):
             assert machine.run("backup", action="kill", at=step).code == -9
             machine.assert_whole(protected=False)
@@ -147,7 +147,7 @@ def test_asked_to_end_at_every_step(machine: Machine, backup_steps: list[str], a
             sealed = set(machine.identifiers()) - kept
             assert bool(sealed) == (place >= backup_steps.index(COMMIT))
             for identifier in sealed:
-                assert machine.events(identifier) == ["sealed"]
+                assert machine.events(identifier) in (["sealed"], ["sealed", "backup interrupted"])
             kept |= sealed
     machine.backup()
     machine.assert_at_rest()

@@ -60,15 +60,13 @@ class Staged:
                 shutil.rmtree(directory)
 
 
-def sweep(staging: Path) -> list[str]:
+def sweep(staging: Path) -> Iterator[str]:
     """Remove what crashed dumps left: the caller holds the lock, so nothing here is under way.
 
-    Returns the removed directories' names. Names that are not the agent's own are left alone.
+    Yields each removed directory's name. Names that are not the agent's own are left alone.
     """
-    removed = []
     for path in sorted(staging.iterdir()):
         stem, dot, suffix = path.name.rpartition(".")
         if names.is_identifier(stem) and dot + suffix in (PARTIAL_SUFFIX, READY_SUFFIX) and path.is_dir():
             shutil.rmtree(path)
-            removed.append(path.name)
-    return removed
+            yield path.name

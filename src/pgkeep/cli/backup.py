@@ -48,7 +48,7 @@ def command(context: Context, tier: str, wait_seconds: float, quiet: bool) -> No
         text = f"sealed {what}as {backup.path_in_vault} ({summary}, protection: {manifest.protection})"
         click.echo(f"pgkeep: {render.printable(text)}", err=True)
     for failure in run.failures[1:]:
-        click.echo(f"pgkeep: {render.printable(failure.subject)}: {failure.error.message}", err=True)
+        click.echo(f"pgkeep: {render.printable(f'{failure.subject}: {failure.error.message}')}", err=True)
     if run.failures:
         raise run.failures[0].error
 

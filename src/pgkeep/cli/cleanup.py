@@ -40,7 +40,7 @@ def command(context: Context, dry_run: bool, wait_seconds: float) -> None:
         )
         return
     for decision in decisions:
-        click.echo(f"{decision.backup.path_in_vault}  {decision.reason}")
+        click.echo(render.printable(f"{decision.backup.path_in_vault}  {decision.reason}"))
     removed = sum(not decision.keep for decision in decisions)
     verb = "would be removed" if dry_run else "removed"
     click.echo(f"pgkeep: {removed} {verb}, {len(decisions) - removed} kept", err=True)

@@ -13,6 +13,7 @@ import click
 
 from pgkeep.cli import render
 from pgkeep.cli.context import Context, common_options, pass_context
+from pgkeep.domain import names
 from pgkeep.errors import IntegrityError
 
 if TYPE_CHECKING:
@@ -105,7 +106,7 @@ class _Narrator:
     def ends(self, step: Step, outcome: Outcome) -> None:
         self.close()
         mark, style = (self._bad, "bold red") if outcome.problems else (self._good, "bold green")
-        self._say(f"{mark} {step.title}", style)
+        self._say_marked(mark, style, step.title)
         if step.name == "start" and outcome.copied_reason:
             self._say(f"  with a copy of its programs: {outcome.copied_reason}", "dim")
         elif step.name == "backup":
@@ -141,7 +142,9 @@ class _Narrator:
         """The table of what happened, the verdict in one sentence, and where the vault is if it was kept."""
         self.close()
         self._say()
-        self._print(_table(("what happened", "", "seconds"), _summary(outcome), right=(2,)))
+        table = _table(("what happened", "", "seconds"), _summary(outcome), right=(2,))
+        table.add_row("Total", "", f"{outcome.seconds['total']:.1f}", style="bold")
+        self._print(table)
         self._say()
         for problem in outcome.problems:
             self._say(f"{self._bad} {render.printable(problem)}", "red")
@@ -153,8 +156,8 @@ class _Narrator:
         self._say()
 
     def _show_files(self, outcome: Outcome) -> None:
-        rows = [(each.path, render.size(each.size_bytes), each.mode, each.flag or "-") for each in outcome.files]
-        self._print(_table(("sealed file", "size", "mode", "flag"), rows, right=(1,)))
+        self._print(_table(("sealed, in active/", "size", "mode", "flag"), _files(outcome), right=(1,)))
+        self._say()
 
     def _show_attacks(self, outcome: Outcome) -> None:
         assert outcome.onslaught is not None, "the step made it"
@@ -162,6 +165,7 @@ class _Narrator:
         self._say(f"    The attacks were made as {outcome.onslaught.by}.", "dim")
         for line in _protection(outcome).splitlines():
             self._say(f"    {line}", "" if outcome.place.protection == "chattr" else "yellow")
+        self._say()
 
     def _show_kept(self, outcome: Outcome, kept: Path) -> None:
         where = shlex.quote(str(kept))
@@ -173,6 +177,11 @@ class _Narrator:
         self._say(f"    {'lsattr' if immutable else 'ls -l'} -R {where}/active")
         self._say("To remove it:")
         self._say(f"    {'chattr -R -i -a' if immutable else 'chmod -R u+w'} {where} && rm -r {where}")
+
+    def _say_marked(self, mark: str, style: str, title: str) -> None:
+        from rich.text import Text
+
+        self._console.print(Text.assemble((mark, style), " ", (title, "bold")), soft_wrap=True)
 
     def _say(self, text: str = "", style: str = "") -> None:
         from rich.text import Text
@@ -199,6 +208,17 @@ def _table(headings: Sequence[str], rows: Sequence[Sequence[str]], right: Sequen
     return table
 
 
+def _files(outcome: Outcome) -> list[tuple[str, str, str, str]]:
+    """Each directory, and what lies in it, indented."""
+    rows = []
+    for each in outcome.files:
+        path = Path(each.path)
+        is_directory = each.path.endswith("/")
+        name, size = (f"{path.name}/", "") if is_directory else (f"  {path.name}", render.size(each.size_bytes))
+        rows.append((name, size, each.mode, each.flag or "-"))
+    return rows
+
+
 def _matrix(outcome: Outcome) -> tuple[list[str], list[list[str]]]:
     """An attack a row, a target a column, and what the kernel said."""
     assert outcome.onslaught is not None, "asked for after the attacks"
@@ -214,10 +234,10 @@ def _matrix(outcome: Outcome) -> tuple[list[str], list[list[str]]]:
 
 
 def _kind(target: str) -> str:
-    """The dump, a sidecar by its suffix, or the directory."""
+    """The dump, a sidecar by what it is, or the directory."""
     name = Path(target).name
-    _, found, suffix = name.partition(".sql.gz")
-    return (suffix or "dump") if found else f"{name}/"
+    kinds = {names.MANIFEST_SUFFIX: "manifest", names.CHECKSUM_SUFFIX: "checksum", names.DUMP_SUFFIX: "dump"}
+    return next((kind for suffix, kind in kinds.items() if name.endswith(suffix)), f"{name}/")
 
 
 def _protection(outcome: Outcome) -> str:
@@ -243,8 +263,7 @@ def _way_to_more(outcome: Outcome) -> str:
 
 
 def _summary(outcome: Outcome) -> list[tuple[str, str, str]]:
-    rows = [(step.title, _result(step), f"{step.seconds:.1f}") for step in outcome.steps]
-    return [*rows, ("Total", "", f"{outcome.seconds['total']:.1f}")]
+    return [(step.title, _result(step), f"{step.seconds:.1f}") for step in outcome.steps]
 
 
 def _result(step: Step) -> str:

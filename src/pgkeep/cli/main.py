@@ -16,8 +16,8 @@ from pgkeep.cli.context import Context, common_options
 from pgkeep.errors import PgkeepError
 
 _VERBS = ("backup", "list", "show", "diff", "verify", "restore", "cleanup", "doctor", "config", "demo")
+_ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 INTERRUPTED = 130
-TERMINATED = 143
 
 
 class _LazyGroup(click.Group):
@@ -54,7 +54,10 @@ def cli() -> None:
 
 def main() -> NoReturn:
     """The console script. Never returns: exits with 0 or an error's code."""
-    signal.signal(signal.SIGTERM, _terminate)
+    for number in _ENDING_SIGNALS:
+        # What was ignored before stays so: nohup, and Ctrl-C for a shell's background jobs.
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _end)
     context = Context()
     try:
         result = cli.main(standalone_mode=False, obj=context)
@@ -110,7 +113,13 @@ def _explain(text: str) -> None:
         click.echo(render.printable(line), err=True)
 
 
-def _terminate(_: int, __: FrameType | None) -> NoReturn:
-    # As an exception, so that children are stopped, flags restored and half-made files removed on the way out.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    raise SystemExit(TERMINATED)
+def _end(number: int, _: FrameType | None) -> NoReturn:
+    """As an exception, so that children are stopped, flags restored and half-made files removed on the way out.
+
+    That is not interrupted in its turn: only the first signal counts.
+    """
+    for each in _ENDING_SIGNALS:
+        signal.signal(each, signal.SIG_IGN)
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt
+    raise SystemExit(128 + number)

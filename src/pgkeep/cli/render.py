@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime as dt
+import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -64,8 +65,13 @@ def backup_object(backup: SealedBackup) -> dict[str, Any]:
 
 
 def print_json(document: Any) -> None:
-    """One document, to stdout. Names that are not UTF-8 can't occur: they were escaped when read."""
-    click.echo(msgspec.json.format(msgspec.json.encode(document), indent=2).decode())
+    """One document, to stdout."""
+    try:
+        text = msgspec.json.format(msgspec.json.encode(document), indent=2).decode()
+    except UnicodeEncodeError:
+        # A file's name need not be UTF-8; its stray bytes come out as \udcNN, which every JSON reader survives.
+        text = json.dumps(msgspec.to_builtins(document), indent=2)
+    click.echo(text)
 
 
 def print_table(headings: Sequence[str], rows: Sequence[Sequence[str]], right: frozenset[int] = frozenset()) -> None:

@@ -124,10 +124,8 @@ def _restore(
         if not options.schema_only
         else "definitions only"
     )
-    click.echo(
-        f"pgkeep: restored {path.name} into {outcome.database} in {outcome.seconds['total']:.1f} s ({summary})",
-        err=True,
-    )
+    text = f"restored {path.name} into {outcome.database} in {outcome.seconds['total']:.1f} s ({summary})"
+    click.echo(f"pgkeep: {render.printable(text)}", err=True)
 
 
 def _target(to: str, password_file: Path | None, progress: Progress) -> Target:

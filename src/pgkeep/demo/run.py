@@ -42,7 +42,8 @@ _INSTALL_HINT = (
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class SealedFile:
-    """As ``ls -l`` and ``lsattr`` show it. ``path`` beneath the root; ``flag`` empty without one."""
+    """As ``ls -l`` and ``lsattr`` show it. ``path`` beneath the root, a directory's with a final slash; ``flag``
+    empty without one."""
 
     path: str
     size_bytes: int
@@ -144,8 +145,8 @@ class _Stage:
 
     def play(self) -> None:
         steps = (
-            ("start", "Start a PostgreSQL server of our own", self._start),
-            ("fill", "Fill a database that is awkward on purpose", self._fill),
+            ("start", "Start a server of our own", self._start),
+            ("fill", "Fill an awkward database", self._fill),
             ("backup", "Back it up: dump, check, seal", self._back_up),
             ("attack", "Attack the sealed files", self._attack),
             ("verify", "Verify: every byte, every flag", self._verify),
@@ -187,7 +188,7 @@ class _Stage:
         if ended.failures:
             raise ended.failures[0].error
         self.outcome.sealed = ended.sealed
-        self.outcome.files = tuple(_describe(self.outcome.place.root, path) for path in self._sealed_paths())
+        self.outcome.files = tuple(_describe_all(self.outcome.place.root, self._sealed_paths()))
         manifest = self._backup.manifest
         return {"raw_bytes": manifest.raw_bytes, "size_bytes": manifest.size_bytes}
 
@@ -303,9 +304,17 @@ def _without_libpq_environment() -> Iterator[None]:
         os.environ.update(removed)
 
 
+def _describe_all(root: Path, files: list[Path]) -> Iterator[SealedFile]:
+    """Each directory before the files in it."""
+    for directory in dict.fromkeys(path.parent for path in files):
+        yield _describe(root, directory)
+        yield from (_describe(root, path) for path in files if path.parent == directory)
+
+
 def _describe(root: Path, path: Path) -> SealedFile:
     status = path.lstat()
-    return SealedFile(str(path.relative_to(root)), status.st_size, stat.filemode(status.st_mode), _flag(path))
+    name = str(path.relative_to(root)) + ("/" if path.is_dir() else "")
+    return SealedFile(name, status.st_size, stat.filemode(status.st_mode), _flag(path))
 
 
 def _flag(path: Path) -> str:

@@ -113,7 +113,7 @@ class TocPart(_Part, frozen=True, tag="toc"):
 Part: TypeAlias = SqlPart | TablePart | LargeObjectsPart | TocPart
 
 
-class Header(msgspec.Struct, frozen=True, kw_only=True):
+class Header(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The index's first line. ``parts`` counts the lines that follow."""
 
     pgkeep: Literal["index"] = "index"
@@ -199,7 +199,7 @@ def _decode_line(line: bytes, decoder: msgspec.json.Decoder[_T], number: int) ->
         raise FormatError(f"line {number} of the index is not an SQL comment")
     try:
         return decoder.decode(line[len(COMMENT) :])
-    except (msgspec.MsgspecError, RecursionError) as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise FormatError(f"line {number} of the index is malformed: {error}") from error
 
 

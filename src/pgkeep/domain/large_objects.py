@@ -41,15 +41,19 @@ def encode(objects: Iterable[tuple[int, Iterable[bytes]]], quote: bytes) -> Iter
 def decode(lines: Iterable[bytes], first: int) -> Iterator[tuple[int, bytes]]:
     """The reverse of :func:`encode`: ``(number, block)``, at least one (maybe empty) block for each object.
 
-    ``lines`` keep their line ends. Raises ``FormatError``.
+    ``lines`` keep their line ends. Raises ``FormatError``, also for an object that comes twice.
     """
     iterator = iter(lines)
     number: int | None = first
+    seen = {first}
     yield first, _unhex(_FIRST_LINE, next(iterator, b""))
     for line in iterator:
         opened = _OPEN_LINE.fullmatch(line)
         if opened:
             number = int(opened[1])
+            if number in seen:
+                raise FormatError(f"large object {number} occurs twice")
+            seen.add(number)
         elif line.startswith(_WRITE) and number is not None:
             yield number, _unhex(_WRITE_LINE, line)
         elif line == _CLOSE[:-1]:

@@ -46,5 +46,5 @@ def decode(data: bytes) -> Request:
         raise FormatError(f"the request is larger than {SIZE_LIMIT_BYTES} bytes")
     try:
         return msgspec.json.decode(data, type=Request)
-    except (msgspec.MsgspecError, RecursionError) as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise FormatError(f"the request is malformed: {error}") from error

@@ -42,7 +42,7 @@ def pending(journal: Path) -> Iterator[Entry]:
     for path in sorted(journal.glob("*" + _SUFFIX)):
         try:
             yield msgspec.json.decode(path.read_bytes(), type=Entry)
-        except msgspec.MsgspecError as error:
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             raise FormatError(
                 f"the journal {path} is unreadable: {error}", "report this; nothing was changed"
             ) from error

@@ -121,7 +121,9 @@ class Vault:
             os.close(descriptor)
 
     def close_directories(self) -> None:
-        """Give every directory its protection, whatever it has now. Idempotent."""
+        """Give every directory and the identity file their protection, whatever they have now. Idempotent."""
+        if self.protection == "chattr":
+            fsflags.set_path_flag(self.layout.active / IDENTITY_NAME, fsflags.IMMUTABLE, True)
         for directory in (*map(self.directory, SEALED_DIRECTORIES), self.layout.active):
             descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
             try:
@@ -155,8 +157,6 @@ def open_vault(layout: Layout, wanted: protection.Wanted) -> Vault:
     if fresh:
         identity = Identity(FORMAT, secrets.token_hex(16), dt.datetime.now(dt.UTC))
         durable.write_atomically(layout.active, IDENTITY_NAME, msgspec.json.encode(identity) + b"\n", 0o444)
-        if vault.protection == "chattr":
-            fsflags.set_path_flag(layout.active / IDENTITY_NAME, fsflags.IMMUTABLE, True)
         vault.close_directories()
     return vault
 
@@ -165,7 +165,7 @@ def read_identity(layout: Layout) -> Identity:
     """Raises ``RefusedError`` for a vault that a newer pgkeep wrote, ``FormatError`` for a broken one."""
     try:
         identity = msgspec.json.decode((layout.active / IDENTITY_NAME).read_bytes(), type=Identity)
-    except (msgspec.MsgspecError, OSError) as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, OSError) as error:
         raise FormatError(f"the vault's identity file is unreadable: {error}") from error
     if identity.format > FORMAT:
         raise RefusedError(f"the vault has format {identity.format}, known here is {FORMAT}", "use a newer pgkeep")
@@ -173,25 +173,33 @@ def read_identity(layout: Layout) -> Identity:
 
 
 def _make_directories(layout: Layout) -> None:
-    if layout.active.exists() and any(layout.active.iterdir()):
-        known = {*SEALED_DIRECTORIES, layout.incoming.name, layout.quarantine.name}
-        strange = [path.name for path in layout.active.iterdir() if path.name not in known or _has_files(path)]
-        if strange:
-            hint = "give pgkeep an empty directory (PGKEEP_ROOT); was a volume swapped?"
-            raise RefusedError(
-                f"{layout.active} holds {strange[0]!r} but is no vault: its identity file is missing", hint
-            )
+    strange = sorted(path.name for path in _content(layout.active) if not _is_of_a_beginning(path))
+    if strange:
+        hint = "give pgkeep an empty directory (PGKEEP_ROOT); was a volume swapped?"
+        raise RefusedError(f"{layout.active} holds {strange[0]!r} but is no vault: its identity file is missing", hint)
     with durable.explain(layout.active, "making the vault's directories"):
         layout.active.mkdir(mode=_OPEN_MODE, exist_ok=True)
         for name in SEALED_DIRECTORIES:
             (layout.active / name).mkdir(mode=_OPEN_MODE, exist_ok=True)
         layout.incoming.mkdir(mode=0o700, exist_ok=True)
         layout.quarantine.mkdir(mode=0o700, exist_ok=True)
+        for path in _content(layout.active):
+            if durable.is_temporary(path.name):
+                path.unlink()
         durable.fsync_directory(layout.active)
 
 
-def _has_files(path: Path) -> bool:
-    return path.is_dir() and any(path.iterdir())
+def _content(directory: Path) -> list[Path]:
+    return list(directory.iterdir()) if directory.is_dir() else []
+
+
+def _is_of_a_beginning(path: Path) -> bool:
+    """What mkfs makes, and what a run leaves that was cut off before it wrote the identity file."""
+    if path.name in (*SEALED_DIRECTORIES, ".quarantine", "lost+found"):
+        return not _content(path)
+    if path.name == ".incoming":
+        return all(each.name.startswith(protection.CANARY_PREFIX) for each in _content(path))
+    return durable.is_temporary(path.name)
 
 
 def _is_flagged(directory: Path) -> bool:

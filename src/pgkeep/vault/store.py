@@ -98,7 +98,7 @@ def recover(vault: Vault, progress: Progress) -> None:
         else:
             outcome = "it was undone"
         progress.warn(f"a run before this one was cut off while it worked on {entry.id}: {outcome}")
-    for path in vault.layout.incoming.iterdir():
+    for path in (*vault.layout.incoming.iterdir(), *vault.layout.journal.iterdir()):
         if durable.is_temporary(path.name):
             path.unlink()
     for directory in SEALED_DIRECTORIES:

@@ -1,0 +1,913 @@
+"""Files made to deceive: every one is named for what it is, in bounded memory and time, and never with a traceback."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime as dt
+import gzip
+import hashlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from pgkeep.adapters.artifact_reader import ArtifactReader, LocalFile
+from pgkeep.domain import artifact, large_objects, retention
+from pgkeep.domain import manifest as manifests
+from pgkeep.domain import request as requests
+from pgkeep.domain.artifact import CHUNK_BYTES, FOOTER_BYTES, Footer
+from pgkeep.domain.catalog import SealedBackup
+from pgkeep.domain.names import Tier
+from pgkeep.domain.request import Request
+from pgkeep.errors import FormatError, IntegrityError, PgkeepError, RefusedError, StorageError
+from pgkeep.progress import Silent
+from pgkeep.restore.rebuild import rebuild
+from pgkeep.vault import seal, store
+from pgkeep.vault.inspect import DEFECTS_LIMIT, Depth, Inspection, inspect
+from pgkeep.vault.layout import Layout, Vault, open_vault
+from pgkeep.vault.verify import verify_path
+from tests.attacks import forge
+from tests.attacks.forge import Forgery, Table
+
+# What reading a hostile file may cost beside the program itself; a chunk of text is 16 MiB.
+MEMORY_LIMIT_KIB = 100 * 1024
+TIME_LIMIT_SECONDS = 30
+IDENTIFIER = "20260131T235959Z-1f2e3d"
+POLICY = retention.Policy(dict.fromkeys(Tier, 7), 1)
+RULES = seal.Rules(POLICY, reserve_bytes=0)
+
+HONEST = forge.build()
+
+
+def look(data: bytes, depth: Depth = "content") -> Inspection:
+    descriptor = os.memfd_create("hostile")
+    try:
+        os.write(descriptor, data)
+        return inspect(LocalFile(descriptor), depth)
+    finally:
+        os.close(descriptor)
+
+
+def defects(data: bytes, depth: Depth = "content") -> str:
+    return "\n".join(look(data, depth).defects)
+
+
+def forged() -> Forgery:
+    return Forgery.of(HONEST)
+
+
+def pgkeep(*arguments: str | Path, root: Path) -> subprocess.CompletedProcess[str]:
+    """The command line, as a person calls it; anything that hangs is a failure."""
+    environment = {**os.environ, "PGKEEP_ROOT": str(root), "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-m", "pgkeep", *map(str, arguments)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=TIME_LIMIT_SECONDS)
+
+
+def assert_clean(done: subprocess.CompletedProcess[str], exit_code: int, *words: str) -> None:
+    assert "Traceback" not in done.stderr, done.stderr
+    assert "internal error" not in done.stderr, done.stderr
+    for word in words:
+        assert word in done.stderr, done.stderr
+    assert done.returncode == exit_code, done.stderr
+
+
+# ---------------------------------------------------------------- accidents: cut, flipped, added, joined
+
+
+@pytest.mark.parametrize("depth", ["digests", "content"])
+def test_an_honest_artifact_has_no_defect(depth: Depth) -> None:
+    found = look(HONEST, depth)
+    assert found.defects == ()
+    assert found.sha256 == hashlib.sha256(HONEST).hexdigest()
+    assert [table.rows for table in found.index.tables] == [2, 3, 0] if found.index else False
+
+
+def test_every_truncation_is_named() -> None:
+    assert [length for length in range(len(HONEST)) if not look(HONEST[:length], "digests").defects] == []
+
+
+def test_every_flipped_byte_is_named() -> None:
+    missed = []
+    for position in range(len(HONEST)):
+        damaged = bytearray(HONEST)
+        damaged[position] ^= 1 << position % 8
+        if not look(bytes(damaged), "digests").defects:
+            missed.append(position)
+    assert missed == []
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.data())
+def test_flips_of_a_larger_artifact_are_named_by_the_deep_look(data: st.DataObject) -> None:
+    position = data.draw(st.integers(0, len(LARGE) - 1))
+    damaged = bytearray(LARGE)
+    damaged[position] ^= data.draw(st.integers(1, 255))
+    assert look(bytes(damaged)).defects
+
+
+_ROWS = b"".join(b"%d\t%s\n" % (n, hashlib.sha256(b"%d" % n).hexdigest().encode()) for n in range(2000))
+LARGE = forge.build((Table(7, "public", "large", (_ROWS, _ROWS, _ROWS)), *forge.TABLES))
+
+
+@pytest.mark.parametrize("extra", [b"\0", b"\n", b"garbage" * 1000, gzip.compress(b"-- more\n"), HONEST[-FOOTER_BYTES:]])
+def test_anything_added_at_the_end_is_named(extra: bytes) -> None:
+    assert "footer" in defects(HONEST + extra)
+
+
+def test_two_joined_artifacts_are_named() -> None:
+    assert "something was added or is missing" in defects(HONEST + HONEST)
+    assert "something was added or is missing" in defects(LARGE + HONEST)
+
+
+def test_a_wrong_checksum_or_size_within_a_member_is_named_even_under_a_right_digest() -> None:
+    for position in (-8, -1):
+        forgery = forged()
+        piece = forgery.piece("table")
+        member = bytearray(piece.members[0])
+        member[position] ^= 1
+        piece.members = [bytes(member)]
+        piece.line["chunks"][0][3] = hashlib.sha256(member).hexdigest()
+        assert "table public.customers, member 1" in defects(forgery.data())
+        assert defects(forgery.data(), "digests") == ""
+
+
+# ---------------------------------------------------------------- members moved about
+
+
+def test_swapped_members_of_the_same_size_are_named() -> None:
+    rows = (b"1\tAAAA\n", b"2\tBBBB\n")
+    data = forge.build((Table(11, "public", "a", (rows[0],)), Table(12, "public", "b", (rows[1],))))
+    forgery = Forgery.of(data)
+    first, second = forgery.piece("table", 0), forgery.piece("table", 1)
+    assert len(first.members[0]) == len(second.members[0])
+    first.members, second.members = second.members, first.members
+    found = defects(forgery.data(), "digests")
+    assert "table public.a, member 1" in found
+    assert "table public.b, member 1" in found
+
+
+def test_a_table_that_was_removed_without_a_trace_in_the_index_is_missed_by_its_name() -> None:
+    forgery = forged()
+    forgery.pieces.remove(forgery.piece("table", 1))
+    assert defects(forgery.data(), "digests") == "the data of public.orders (12.dat) is missing"
+
+
+def test_removed_large_objects_are_missed() -> None:
+    forgery = forged()
+    forgery.pieces.remove(forgery.piece("large_objects"))
+    assert defects(forgery.data(), "digests") == "the large objects of blobs.toc are missing"
+
+
+def test_a_removed_member_is_missed() -> None:
+    forgery = forged()
+    orders = forgery.piece("table", 1)
+    del orders.members[1], orders.line["chunks"][1]
+    orders.line["chunks"][0][2] = 3
+    assert "table public.orders" in defects(forgery.data())
+
+
+def test_a_removed_table_of_contents_is_missed() -> None:
+    forgery = forged()
+    forgery.pieces.remove(forgery.piece("toc"))
+    assert defects(forgery.data()) == "the archive's contents (toc.dat) are missing"
+
+
+def test_a_dump_without_its_last_words_is_named() -> None:
+    assert defects(forge.build(end=(b"SELECT 1;\n",))) == "the trailer is missing: pg_dump did not finish"
+    assert "the trailer is missing" in defects(forge.build(end=(forge.END, b"-- x\n" * 20000)))
+
+
+@pytest.mark.parametrize("cut", range(1, len(forge.END)))
+def test_last_words_across_two_parts_are_found(cut: int) -> None:
+    """SQL is cut into parts wherever a megabyte is full."""
+    assert defects(forge.build(end=(forge.END[:cut], forge.END[cut:]))) == ""
+
+
+def test_rows_without_their_end_mark_are_named() -> None:
+    forgery = forged()
+    piece = forgery.piece("table")
+    text = b"1\tAda\n2\tGrace\n\n\n\n"
+    piece.members = [gzip.compress(text)]
+    piece.describe([text])
+    assert defects(forgery.data()) == "table public.customers: its rows lack their end mark"
+
+
+# ---------------------------------------------------------------- a forged index
+
+
+def _set(kind: str, /, **fields: Any) -> Callable[[Forgery], None]:
+    return lambda forgery: forgery.piece(kind).line.update(fields)
+
+
+def _chunk(position: int, value: Any) -> Callable[[Forgery], None]:
+    def change(forgery: Forgery) -> None:
+        forgery.piece("table").line["chunks"][0][position] = value
+
+    return change
+
+
+def _header(**fields: Any) -> Callable[[Forgery], None]:
+    return lambda forgery: forgery.header_lies.update(fields)
+
+
+DIGEST = "0" * 64
+FORGED_INDEXES: dict[str, Callable[[Forgery], None]] = {
+    "length one more": lambda f: _chunk(0, len(f.piece("table").members[0]) + 1)(f),
+    "length one less": lambda f: _chunk(0, len(f.piece("table").members[0]) - 1)(f),
+    "length zero": _chunk(0, 0),
+    "length negative": _chunk(0, -100),
+    "length huge": _chunk(0, 2**63),
+    "length beyond 64 bits": _chunk(0, 2**100),
+    "length a float": _chunk(0, 1e300),
+    "length a text": _chunk(0, "100"),
+    "length null": _chunk(0, None),
+    "raw bytes one more": _chunk(1, 22),
+    "raw bytes one less": _chunk(1, 20),
+    "raw bytes over a chunk": _chunk(1, CHUNK_BYTES + 1),
+    "raw bytes negative": _chunk(1, -1),
+    "rows one more": _chunk(2, 6),
+    "rows one less": _chunk(2, 4),
+    "rows negative": _chunk(2, -1),
+    "rows less than the end mark": _chunk(2, 2),
+    "digest wrong": _chunk(3, DIGEST),
+    "digest short": _chunk(3, DIGEST[:-1]),
+    "digest in capitals": _chunk(3, DIGEST[:-1] + "A"),
+    "digest with a newline": _chunk(3, DIGEST + "\n"),
+    "no chunks": _set("table", chunks=[]),
+    "chunks nested": _set("table", chunks=[[[[[]]]]]),
+    "a chunk too short": _set("table", chunks=[[18, 0, 0]]),
+    "a chunk too long": _set("table", chunks=[[18, 0, 0, DIGEST, 0]]),
+    "chunks a text": _set("table", chunks="many"),
+    "kind unknown": _set("table", kind="view"),
+    "kind missing": lambda f: f.piece("table").line.pop("kind"),
+    "a field unknown": _set("table", offset=0),
+    "dump id another": _set("table", dump_id=12),
+    "dump id negative": _set("table", dump_id=-11),
+    "dump id huge": _set("table", dump_id=2**40),
+    "file upwards": _set("table", file="../11.dat"),
+    "file absolute": _set("table", file="/11.dat"),
+    "file with a zero byte": _set("table", file="11.dat\0"),
+    "file with a newline": _set("table", file="11.dat\n"),
+    "file of another table": _set("table", file="12.dat"),
+    "file the table of contents": _set("table", file="toc.dat"),
+    "list upwards": _set("large_objects", file="../blobs.toc"),
+    "list the table of contents": _set("large_objects", file="toc.dat"),
+    "list a table's data": _set("large_objects", file="11.dat"),
+    "list one of its own objects": _set("large_objects", file="blob_16401.dat"),
+    "list another": _set("large_objects", file="blobs_1.toc"),
+    "objects none": _set("large_objects", objects=0),
+    "objects one more": _set("large_objects", objects=4),
+    "objects huge": _set("large_objects", objects=2**62),
+    "objects first negative": _set("large_objects", first=-1),
+    "schema another": _set("table", schema="secret"),
+    "name another": _set("table", name="customers2"),
+    "name endless": _set("table", name="x" * 10_000),
+    "name null": _set("table", name=None),
+    "extension a number": _set("table", extension=1),
+    "a part twice": lambda f: f.pieces.append(f.piece("table")),
+    "table of contents first": lambda f: f.pieces.insert(0, f.pieces.pop()),
+    "two tables of contents": lambda f: f.pieces.append(f.piece("toc")),
+    "version of the future": _header(version=2),
+    "version a text": _header(version="1"),
+    "version negative": _header(version=-1),
+    "version huge": _header(version=10**30),
+    "parts one more": _header(parts=99),
+    "parts one less": _header(parts=1),
+    "parts huge": _header(parts=2**62),
+    "parts negative": _header(parts=-1),
+    "content unknown": _header(content="everything"),
+    "another product's": _header(pgkeep="table"),
+    "encoding endless": _header(encoding="x" * 10_000),
+    "encoding a path": _header(encoding=["UTF8"]),
+    "header's field unknown": _header(created=1),
+}
+
+
+@pytest.mark.parametrize("name", FORGED_INDEXES)
+def test_a_forged_index_is_named(name: str) -> None:
+    forgery = forged()
+    FORGED_INDEXES[name](forgery)
+    found = defects(forgery.data())
+    assert found, f"{name}: nothing was found"
+    assert len(found) < 5000, f"{name}: {len(found)} characters of findings"
+
+
+RAW_INDEXES = {
+    "empty": b"",
+    "not a comment": b'{"pgkeep":"index"}\n',
+    "no newline": b"-- {}",
+    "not JSON": b"-- {\n",
+    "not UTF-8": b'-- {"pgkeep":"\xff\xfe"}\n',
+    "half a character": b'-- {"pgkeep":"\\ud800"}\n',
+    "nested": b"-- " + b"[" * 60_000 + b"\n",
+    "nested objects": b"-- " + b'{"a":' * 12_000 + b"\n",
+    "a number": b"-- 7\n",
+    "zero bytes": b"\0" * 1000,
+    "blank lines": b"\n" * 1000,
+    "psql": b"\\! touch /tmp/owned\n",
+}
+
+
+@pytest.mark.parametrize("name", RAW_INDEXES)
+def test_an_index_that_is_none_is_named(name: str) -> None:
+    assert "index" in defects(forge.with_index(forged().body(), RAW_INDEXES[name]))
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.binary(max_size=400))
+def test_an_index_of_noise_is_named(noise: bytes) -> None:
+    body = forged().body()
+    assert look(forge.with_index(body, noise), "digests").defects
+    assert look(forge.with_compressed_index(body, noise), "digests").defects
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_any_value_in_any_place_of_the_index_ends_in_words(data: st.DataObject) -> None:
+    forgery = forged()
+    line = data.draw(st.sampled_from([piece.line for piece in forgery.pieces]))
+    field = data.draw(st.sampled_from(sorted(line)))
+    line[field] = data.draw(json_values)
+    found = look(forgery.data())
+    assert found.defects or line == forged().pieces[[p.line for p in forgery.pieces].index(line)].line or (
+        field == "extension"
+    )
+
+
+@pytest.mark.parametrize(
+    "footer",
+    [
+        Footer(0, 0, DIGEST),
+        Footer(10**19 - 1, 10**19 - 1, DIGEST),
+        Footer(len(HONEST) - FOOTER_BYTES, 0, hashlib.sha256(b"").hexdigest()),
+        Footer(0, len(HONEST) - FOOTER_BYTES, hashlib.sha256(HONEST[:-FOOTER_BYTES]).hexdigest()),
+        Footer(len(HONEST) - FOOTER_BYTES - 1, 1, DIGEST),
+        Footer(2**63, 2**63 - 1, DIGEST),
+    ],
+)
+def test_a_footer_of_absurd_numbers_is_named(footer: Footer) -> None:
+    assert defects(HONEST[:-FOOTER_BYTES] + artifact.encode_footer(footer))
+
+
+def test_a_footer_of_the_future_is_told_from_a_broken_one() -> None:
+    text = HONEST[-FOOTER_BYTES:]
+    assert "use a newer pgkeep" in defects(HONEST[:-FOOTER_BYTES] + text.replace(b"footer 1", b"footer 2"))
+
+
+# ---------------------------------------------------------------- gzip's own tricks
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"name": b"a" * 70_000}, {"comment": b"c" * 70_000}, {"extra": b"e" * 65_535}, {"name": b"../../etc/passwd"}],
+    ids=["name", "comment", "extra", "path"],
+)
+@pytest.mark.parametrize("check", [False, True], ids=["", "header-crc"])
+def test_optional_fields_of_gzip_carry_nothing_in_and_fool_nobody(fields: dict[str, bytes], check: bool) -> None:
+    """RFC 1952 allows them, stock tools skip them: the text counts."""
+    forgery = forged()
+    piece = forgery.piece("table")
+    text = gzip.decompress(piece.members[0])
+    piece.members = [forge.gzip_with_fields(text, **fields, check=check)]
+    piece.describe([text])
+    assert defects(forgery.data()) == ""
+
+
+def test_two_members_in_one_chunk_are_named() -> None:
+    forgery = forged()
+    piece = forgery.piece("table")
+    halves = b"1\tAda\n", b"2\tGrace\n" + artifact.DATA_END
+    piece.members = [b"".join(map(gzip.compress, halves))]
+    piece.describe([b"".join(halves)])
+    assert "a member does not end where the index says" in defects(forgery.data())
+
+
+@pytest.mark.parametrize("member", [b"\0" * 40, zlib.compress(b"1\tAda\n" * 50), b"\x1f\x8b" * 30], ids=["zeros", "zlib", "magic"])
+def test_a_member_that_is_no_gzip_is_named(member: bytes) -> None:
+    forgery = forged()
+    piece = forgery.piece("table")
+    piece.members = [member]
+    piece.describe([b"1\tAda\n" + artifact.DATA_END])
+    assert "table public.customers, member 1" in defects(forgery.data())
+
+
+# ---------------------------------------------------------------- bombs
+
+_MEASURE = """
+import resource, sys
+from pathlib import Path
+from pgkeep.vault.verify import verify_path
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+report = verify_path(Path(sys.argv[1]), sys.argv[2])
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+print(report.findings[0].message)
+"""
+
+
+def measured(path: Path, depth: Depth = "content") -> tuple[int, str]:
+    """Growth of the peak resident memory in KiB, and the first finding; in a process of its own."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", _MEASURE, str(path), depth]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=TIME_LIMIT_SECONDS)
+    assert done.returncode == 0, done.stderr
+    growth, finding = done.stdout.splitlines()[:2]
+    return int(growth), finding
+
+
+def _ten_gigabytes() -> bytes:
+    """A gzip member that never ends its zeros: one compressed piece, again and again."""
+    compressor = zlib.compressobj(9, zlib.DEFLATED, -15)
+    piece = compressor.compress(b"\0" * (32 << 20)) + compressor.flush(zlib.Z_FULL_FLUSH)
+    return b"\x1f\x8b\x08\0\0\0\0\0\0\xff" + piece * 320
+
+
+def _table_bomb() -> bytes:
+    forgery = forged()
+    piece = forgery.piece("table")
+    piece.members = [_ten_gigabytes()]
+    piece.line["chunks"] = [[len(piece.members[0]), CHUNK_BYTES, 3, hashlib.sha256(piece.members[0]).hexdigest()]]
+    return forgery.data()
+
+
+def _toc_bomb(member_text: bytes, count: int) -> bytes:
+    forgery = forged()
+    piece = forgery.piece("toc")
+    compressor = zlib.compressobj(9, zlib.DEFLATED, 31)
+    piece.members = [compressor.compress(member_text) + compressor.flush()] * count
+    piece.describe([member_text] * count)
+    return forgery.data()
+
+
+def _index_of(line: bytes, count: int) -> bytes:
+    header = b'-- {"pgkeep":"index","version":1,"content":"database","encoding":"UTF8","parts":%d}\n' % count
+    compressor = zlib.compressobj(1, zlib.DEFLATED, 31)
+    block = [compressor.compress(line * 1000) for _ in range(count // 1000)]
+    return b"".join([compressor.compress(header), *block, compressor.flush()])
+
+
+_LINE = b'-- {"kind":"sql","chunks":[[18,0,0,"' + b"0" * 64 + b'"]]}\n'
+_BASE64_LINES = (b"-- " + b"A" * 4096 + b"\n") * (CHUNK_BYTES // 4100)
+
+
+def _index_bomb(index: bytes) -> bytes:
+    return forge.with_compressed_index(forged().body(), index)
+
+
+BOMBS: dict[str, tuple[Callable[[], bytes], str]] = {
+    "table": (_table_bomb, "a member holds more than the index says"),
+    "index of zeros": (lambda: _index_bomb(_ten_gigabytes()), "bytes of text"),
+    "index of parts": (lambda: _index_bomb(_index_of(_LINE, 200_000)), "bytes of text"),
+    "index of a few parts too many": (lambda: _index_bomb(_index_of(_LINE, 1_000)), "more than there is"),
+    "index in one line": (lambda: _index_bomb(_index_of(b"-- " + b"[" * 1000, 100_000)), "bytes of text"),
+    "contents of many members": (lambda: _toc_bomb(_BASE64_LINES, 700), "more than"),
+    "contents in one line": (lambda: _toc_bomb(b"A" * CHUNK_BYTES, 20), "a line is longer than"),
+}
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_a_bomb_does_not_go_off(name: str, scratch: Path) -> None:
+    make, words = BOMBS[name]
+    path = scratch / "bomb.sql.gz"
+    path.write_bytes(make())
+    growth, finding = measured(path, "digests" if name.startswith("contents") else "content")
+    assert words in finding
+    assert growth < MEMORY_LIMIT_KIB
+
+
+def test_a_file_that_is_wrong_throughout_is_described_in_bounded_space() -> None:
+    forgery = forged()
+    piece = forgery.piece("table")
+    piece.members = [b"\0" * 18] * (DEFECTS_LIMIT + 50)
+    piece.line["chunks"] = [[18, 0, 3, DIGEST]] * len(piece.members)
+    found = look(forgery.data()).defects
+    assert len(found) == DEFECTS_LIMIT + 1
+    assert "what follows was not looked at" in found[-1]
+
+
+# ---------------------------------------------------------------- contents that lie
+
+
+def test_contents_that_name_another_table_are_named() -> None:
+    liar = (dataclasses.replace(forge.TABLES[0], name="salaries"), *forge.TABLES[1:])
+    data = forge.build(contents=forge.toc(liar))
+    assert defects(data, "digests") == "table public.customers (11.dat) is public.salaries in the archive's contents"
+
+
+def test_contents_of_another_dump_are_named() -> None:
+    found = defects(forge.build(contents=forge.toc(forge.TABLES[1:], objects_file=None)), "digests").splitlines()
+    assert found == [
+        "table public.customers (11.dat) is not in the archive's contents",
+        "the large objects of blobs.toc are not in the archive's contents",
+    ]
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(0, len(forge.toc()) - 1), st.integers(1, 255))
+def test_damaged_contents_under_right_digests_end_in_words_or_in_another_whole_archive(position: int, flip: int) -> None:
+    damaged = bytearray(forge.toc())
+    damaged[position] ^= flip
+    assert all(isinstance(defect, str) for defect in look(forge.build(contents=bytes(damaged)), "digests").defects)
+
+
+SMUGGLED = {
+    "a statement": b"00');\nDROP TABLE customers;\nSELECT pg_catalog.lowrite(0, '\\x00",
+    "a statement in a call": b"00'); DROP TABLE customers; --",
+    "a psql command": b"00');\n\\! touch /tmp/owned\n",
+    "another function": b"00');\nSELECT pg_catalog.lo_unlink(16401);\n",
+    "an uneven digit": b"000",
+    "an object twice": b"00');\nSELECT pg_catalog.lo_close(0);\n\n"
+    b"SELECT pg_catalog.lo_open('16402', 131072);\nSELECT pg_catalog.lowrite(0, '\\x00');\n"
+    b"SELECT pg_catalog.lo_close(0);\n\nSELECT pg_catalog.lo_open('16401', 131072);\n"
+    b"SELECT pg_catalog.lowrite(0, '\\x00",
+    "too few": b"00",
+    "an endless line": b"0" * (large_objects.LINE_LIMIT_BYTES + 1),
+    "bytes": b"\xff\xfe\0",
+}
+
+
+@pytest.mark.parametrize("name", SMUGGLED)
+def test_large_objects_with_something_smuggled_in_are_refused(name: str, scratch: Path) -> None:
+    data = forge.build(objects_text=SMUGGLED[name])
+    assert "large object" in defects(data) or "a line is longer" in defects(data)
+    path = scratch / "smuggler.sql.gz"
+    path.write_bytes(data)
+    directory = scratch / "archive"
+    directory.mkdir()
+    with LocalFile.open(path) as file, pytest.raises(FormatError):
+        rebuild(ArtifactReader(file), file, directory, lambda part: True)
+
+
+def test_the_honest_ones_are_rebuilt(scratch: Path) -> None:
+    path = scratch / "honest.sql.gz"
+    path.write_bytes(HONEST)
+    directory = scratch / "archive"
+    directory.mkdir()
+    with LocalFile.open(path) as file:
+        rebuild(ArtifactReader(file), file, directory, lambda part: True)
+    assert (directory / "toc.dat").read_bytes() == forge.toc()
+    assert gzip.decompress((directory / "12.dat.gz").read_bytes()) == b"".join(forge.TABLES[1].members)
+    assert {n: (directory / f"blob_{n}.dat").read_bytes() for n, _ in forge.OBJECTS} == dict(forge.OBJECTS)
+    assert (directory / "blobs.toc").read_text() == "".join(f"{n} blob_{n}.dat\n" for n, _ in forge.OBJECTS)
+
+
+# ---------------------------------------------------------------- the command line
+
+
+def _not_whole(path: Path) -> Path:
+    path.write_bytes(HONEST[:-1])
+    return path
+
+
+def _fifo(path: Path) -> Path:
+    os.mkfifo(path)
+    return path
+
+
+def _directory(path: Path) -> Path:
+    path.mkdir()
+    return path
+
+
+def _socket(path: Path) -> Path:
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(path))
+    return path
+
+
+def _link(target: str | Path) -> Callable[[Path], Path]:
+    def make(path: Path) -> Path:
+        path.symlink_to(target)
+        return path
+
+    return make
+
+
+def _with_sidecar(suffix: str, make: Callable[[Path], Path]) -> Callable[[Path], Path]:
+    def build(path: Path) -> Path:
+        forge.write_with_checksum(path, HONEST)
+        sidecar = path.with_name(path.name + suffix)
+        sidecar.unlink(missing_ok=True)
+        make(sidecar)
+        return path
+
+    return build
+
+
+def _sparse(size_bytes: int) -> Callable[[Path], Path]:
+    def make(path: Path) -> Path:
+        with path.open("wb") as file:
+            file.truncate(size_bytes)
+        return path
+
+    return make
+
+
+def _bytes(data: bytes) -> Callable[[Path], Path]:
+    def make(path: Path) -> Path:
+        path.write_bytes(data)
+        return path
+
+    return make
+
+
+HOSTILE_PATHS: dict[str, tuple[Callable[[Path], Path], int, str]] = {
+    "cut": (_not_whole, 7, "footer"),
+    "empty": (_bytes(b""), 7, "it is empty"),
+    "FIFO": (_fifo, 6, "not a regular file"),
+    "directory": (_directory, 6, "not a regular file"),
+    "socket": (_socket, 6, "No such device"),
+    "endless device": (_link("/dev/zero"), 6, "not a regular file"),
+    "terminal": (_link("/dev/tty"), 6, "can't read"),
+    "link to itself": (lambda path: _link(path.name)(path), 6, "can't read"),
+    "link to nothing": (_link("nothing"), 10, "does not exist"),
+    "checksum FIFO": (_with_sidecar(".sha256", _fifo), 7, "x.sql.gz.sha256 is not a regular file"),
+    "checksum directory": (_with_sidecar(".sha256", _directory), 7, "x.sql.gz.sha256 is not a regular file"),
+    "checksum link": (_with_sidecar(".sha256", _link("/dev/zero")), 7, "x.sql.gz.sha256 is not a regular file"),
+    "checksum of 1 GB": (_with_sidecar(".sha256", _sparse(10**9)), 7, "is larger than 4096 bytes"),
+    "checksum of bytes": (_with_sidecar(".sha256", _bytes(b"\xff\0")), 7, "the digest differs"),
+    "manifest FIFO": (_with_sidecar(".manifest.json", _fifo), 7, "manifest.json is not a regular file"),
+    "manifest link": (_with_sidecar(".manifest.json", _link("/dev/zero")), 7, "is not a regular file"),
+    "manifest of 1 GB": (_with_sidecar(".manifest.json", _sparse(10**9)), 7, "manifest.json is larger than"),
+    "manifest nested": (_with_sidecar(".manifest.json", _bytes(b"[" * 10**6)), 7, "manifest is malformed"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE_PATHS)
+def test_verify_names_what_a_path_is_and_does_not_hang(name: str, scratch: Path) -> None:
+    make, exit_code, words = HOSTILE_PATHS[name]
+    if name == "terminal" and os.path.exists("/dev/tty") and os.isatty(0):
+        pytest.skip("needs to run without a terminal: /dev/tty is one here")
+    done = pgkeep("verify", make(scratch / "x.sql.gz"), root=scratch / "none")
+    assert_clean(done, exit_code, words)
+
+
+@pytest.mark.parametrize("name", ["FIFO", "directory", "endless device", "cut", "empty"])
+def test_restore_names_what_a_path_is_and_does_not_hang(name: str, scratch: Path) -> None:
+    make, exit_code, words = HOSTILE_PATHS[name]
+    done = pgkeep("restore", make(scratch / "x.sql.gz"), "--to", "host=/nowhere dbname=x", root=scratch / "none")
+    assert_clean(done, exit_code, words)
+
+
+def test_verify_prints_one_document_for_a_hostile_file(scratch: Path) -> None:
+    path = scratch / os.fsdecode(b"\xff\x1b[31m.sql.gz")
+    path.write_bytes(HONEST[:-1])
+    done = pgkeep("verify", path, "--json", root=scratch / "none")
+    assert_clean(done, 7)
+    assert "\x1b" not in done.stderr
+    found = json.loads(done.stdout)
+    assert found["ok"] is False
+    assert "footer" in found["findings"][0]["message"]
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (gzip.compress(b"--\n-- PostgreSQL database dump\n--\n"), "gunzip -c FILE | psql"),
+        (b"PGDMP\x01\x0e\0\x04\x08\x01" + b"\0" * 500, "pg_restore -d TARGET FILE"),
+        (b"--\n-- PostgreSQL database dump\n--\n" * 20, "psql -v ON_ERROR_STOP=1 -f FILE"),
+        (b"(\xb5/\xfd" + b"\0" * 500, "zstd -dc FILE"),
+        (b"age-encryption.org/v1\n" * 20, "age -d -i KEY FILE"),
+        (b"GIF89a" * 100, "no dump that is known here"),
+    ],
+)
+def test_a_dump_of_another_tool_is_met_with_the_stock_command(data: bytes, words: str, scratch: Path) -> None:
+    path = scratch / "other.sql.gz"
+    path.write_bytes(data)
+    assert words in verify_path(path, "content").findings[0].message
+    with LocalFile.open(path) as file, pytest.raises(FormatError) as caught:
+        ArtifactReader(file)
+    assert words in caught.value.hint
+
+
+# ---------------------------------------------------------------- a vault with hostile things in it
+
+
+def make_vault(root: Path) -> Vault:
+    """With modes alone, so that tests can play root in it."""
+    return open_vault(Layout(root), "mode" if os.geteuid() else "none")
+
+
+def stage(vault: Vault, data: bytes = HONEST, **fields: Any) -> str:
+    """An honest hand-over, unless told otherwise."""
+    directory = vault.layout.staging / f"{IDENTIFIER}.ready"
+    directory.mkdir()
+    (directory / requests.DUMP_NAME).write_bytes(data)
+    known = {
+        "id": IDENTIFIER, "kind": "database", "tier": Tier.DAILY, "database": "app",
+        "created_at": dt.datetime.now(dt.UTC), "system_identifier": "1", "server_version": "15.8",
+        "dump_version": "15.8", "dump_seconds": 1.0,
+    }  # fmt: skip
+    (directory / requests.FILE_NAME).write_bytes(requests.encode(Request(**{**known, **fields})))
+    return directory.name
+
+
+@pytest.fixture
+def vault(scratch: Path) -> Vault:
+    return make_vault(scratch / "root")
+
+
+@pytest.fixture
+def sealed(vault: Vault) -> SealedBackup:
+    backup = seal.seal(vault, stage(vault), RULES, Silent())
+    vault.directory("daily").chmod(0o755)
+    return backup
+
+
+def test_an_honest_hand_over_is_sealed_and_whole(vault: Vault, sealed: SealedBackup) -> None:
+    done = pgkeep("verify", "--all", "--json", root=vault.layout.root)
+    assert_clean(done, 0)
+    assert json.loads(done.stdout)["ok"] is True
+
+
+def _dump_replaced(make: Callable[[Path], Path]) -> Callable[[Path], None]:
+    def attack(dump: Path) -> None:
+        dump.unlink()
+        make(dump)
+
+    return attack
+
+
+def _moved_and_linked(dump: Path) -> None:
+    dump.rename(dump.parent.parent / "elsewhere")
+    dump.symlink_to("../elsewhere")
+
+
+def _sidecar_replaced(suffix: str, make: Callable[[Path], Path]) -> Callable[[Path], None]:
+    return lambda dump: _dump_replaced(make)(dump.with_name(dump.name + suffix))
+
+
+def _manifest_changed(**fields: Any) -> Callable[[Path], None]:
+    def attack(dump: Path) -> None:
+        path = dump.with_name(dump.name + ".manifest.json")
+        document = {**json.loads(path.read_bytes()), **fields}
+        path.unlink()
+        path.write_text(json.dumps(document))
+
+    return attack
+
+
+def _manifest_text(change: Callable[[bytes], bytes]) -> Callable[[Path], None]:
+    def attack(dump: Path) -> None:
+        path = dump.with_name(dump.name + ".manifest.json")
+        data = change(path.read_bytes())
+        path.unlink()
+        path.write_bytes(data)
+
+    return attack
+
+
+VAULT_ATTACKS: dict[str, tuple[Callable[[Path], None], str]] = {
+    "dump a FIFO": (_dump_replaced(_fifo), "not a regular file"),
+    "dump a directory": (_dump_replaced(_directory), "not a regular file"),
+    "dump an endless device": (_dump_replaced(_link("/dev/zero")), "not a regular file"),
+    "dump a link to the very same": (_moved_and_linked, "not a regular file"),
+    "dump gone": (Path.unlink, "missing"),
+    "dump cut": (_dump_replaced(_bytes(HONEST[:-1])), "the manifest says"),
+    "checksum a link": (_sidecar_replaced(".sha256", _link("/dev/zero")), "not a regular file"),
+    "checksum a FIFO": (_sidecar_replaced(".sha256", _fifo), "not a regular file"),
+    "manifest a FIFO": (_sidecar_replaced(".manifest.json", _fifo), "not a regular file"),
+    "manifest a link": (_sidecar_replaced(".manifest.json", _link("/dev/zero")), "not a regular file"),
+    "manifest a directory": (_sidecar_replaced(".manifest.json", _directory), "not a regular file"),
+    "manifest of 1 GB": (_sidecar_replaced(".manifest.json", _sparse(10**9)), "is larger than"),
+    "manifest of noise": (_sidecar_replaced(".manifest.json", _bytes(b"\xff\xfe\0\0")), "malformed"),
+    "manifest nested": (_sidecar_replaced(".manifest.json", _bytes(b"[" * 10**6)), "malformed"),
+    "file name upwards": (_manifest_changed(filename="../../etc/passwd"), "malformed"),
+    "file name two dots": (_manifest_changed(filename=".."), "malformed"),
+    "file name another's": (_manifest_changed(filename="2000-01-01_00-00-00.sql.gz"), "names another file"),
+    "version of the future": (_manifest_changed(version="9.0"), "version '9.0' is not known"),
+    "a key twice": (_manifest_text(lambda d: d.replace(b"{", b'{"id":"x",', 1)), "'id' twice"),
+    "an escape sequence": (_manifest_changed(database="\x1b]0;owned\x07", size_bytes=1), "the manifest says 1"),
+    "size huge": (_manifest_changed(size_bytes=2**63 - 1), "the manifest says"),
+    "size beyond 64 bits": (_manifest_changed(size_bytes=2**64), "malformed"),
+    "sealed before time": (_manifest_changed(sealed_at="0001-01-01T00:00:00+14:00", size_bytes=1), "says 1"),
+    "kept after time": (_manifest_changed(retain_until="9999-12-31T23:59:59-14:00", size_bytes=1), "says 1"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", VAULT_ATTACKS)
+def test_the_vault_names_what_was_done_to_it(name: str, vault: Vault, sealed: SealedBackup) -> None:
+    attack, words = VAULT_ATTACKS[name]
+    attack(vault.layout.active / sealed.path_in_vault)
+    found = store.read_catalog(vault.layout)
+    said = [*found.defects, *(problem for backup in found.backups for problem in backup.problems)]
+    assert any(words in text for text in said), said
+    for arguments in (("list",), ("verify", "--all")):
+        done = pgkeep(*arguments, root=vault.layout.root)
+        assert_clean(done, 7, words)
+        assert "\x1b" not in done.stdout + done.stderr
+
+
+def test_cleanup_plans_nothing_rash_with_a_manifest_from_before_time(vault: Vault, sealed: SealedBackup) -> None:
+    _manifest_changed(sealed_at="0001-01-01T00:00:00+14:00", retain_until="9999-12-31T23:59:59-14:00")(
+        vault.layout.active / sealed.path_in_vault
+    )
+    assert_clean(pgkeep("cleanup", "--dry-run", root=vault.layout.root), 0)
+
+
+# ---------------------------------------------------------------- hostile hand-overs
+
+
+def _ready(vault: Vault) -> Path:
+    return vault.layout.staging / f"{IDENTIFIER}.ready"
+
+
+def _replace(name: str, make: Callable[[Path], Path]) -> Callable[[Vault], None]:
+    def attack(vault: Vault) -> None:
+        path = _ready(vault) / name
+        path.unlink()
+        make(path)
+
+    return attack
+
+
+def _linked_directory(vault: Vault) -> None:
+    _ready(vault).rename(vault.layout.root / "elsewhere")
+    _ready(vault).symlink_to("../elsewhere")
+
+
+def _request_text(change: Callable[[bytes], bytes]) -> Callable[[Vault], None]:
+    def attack(vault: Vault) -> None:
+        path = _ready(vault) / requests.FILE_NAME
+        path.write_bytes(change(path.read_bytes()))
+
+    return attack
+
+
+OTHER = "20260131T235959Z-ffffff"
+HAND_OVERS: dict[str, tuple[Callable[[Vault], None], type[PgkeepError], str]] = {
+    "dump a link": (_replace("dump.sql.gz", _link("/etc/passwd")), RefusedError, "symbolic link"),
+    "dump a FIFO": (_replace("dump.sql.gz", _fifo), RefusedError, "not a regular file"),
+    "dump a directory": (_replace("dump.sql.gz", _directory), RefusedError, "not a regular file"),
+    "dump a device": (_replace("dump.sql.gz", _link("/dev/zero")), RefusedError, "symbolic link"),
+    "dump larger than the disk": (_replace("dump.sql.gz", _sparse(2**43)), StorageError, "bytes free"),
+    "dump cut": (_replace("dump.sql.gz", _not_whole), IntegrityError, "not whole"),
+    "request a link": (_replace("request.json", _link("/etc/passwd")), RefusedError, "symbolic link"),
+    "request a FIFO": (_replace("request.json", _fifo), RefusedError, "not a regular file"),
+    "request of 1 GB": (_replace("request.json", _sparse(10**9)), FormatError, "larger than"),
+    "request of noise": (_replace("request.json", _bytes(b"\xff\0")), FormatError, "malformed"),
+    "request nested": (_replace("request.json", _bytes(b"[" * 10**6)), FormatError, "malformed"),
+    "the directory a link": (_linked_directory, RefusedError, "symbolic link"),
+    "another's id": (_request_text(lambda d: d.replace(b"1f2e3d", b"ffffff")), FormatError, "names another"),
+    "an id upwards": (_request_text(lambda d: d.replace(IDENTIFIER.encode(), b"../../x")), FormatError, "malformed"),
+    "another kind": (_request_text(lambda d: d.replace(b'"kind":"database"', b'"kind":"globals"')), IntegrityError,
+                     "the request says globals"),
+    "a zero byte in the name": (_request_text(lambda d: d.replace(b'"app"', b'"a\\u0000b"')), FormatError, "malformed"),
+    "a field unknown": (_request_text(lambda d: d.replace(b"{", b'{"retain_until":"x",', 1)), FormatError, "malformed"),
+    "a tier unknown": (_request_text(lambda d: d.replace(b'"daily"', b'"../x"')), FormatError, "malformed"),
+    "a table without data": (_replace("dump.sql.gz", _bytes(forge.build(forge.TABLES[:2], contents=forge.toc()))),
+                             IntegrityError, "is missing"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HAND_OVERS)
+def test_a_hostile_hand_over_is_refused_without_a_trace(name: str, vault: Vault) -> None:
+    staged = stage(vault)
+    attack, expected, words = HAND_OVERS[name]
+    attack(vault)
+    with pytest.raises(expected, match=words):
+        seal.seal(vault, staged, RULES, Silent())
+    assert list(vault.directory("daily").iterdir()) == []
+    assert list(vault.layout.incoming.iterdir()) == []
+    assert list(vault.layout.journal.iterdir()) == []
+
+
+def test_a_database_name_longer_than_a_file_name_is_refused(vault: Vault) -> None:
+    staged = stage(vault, database="\N{GRINNING FACE}" * 60)
+    with pytest.raises(FormatError, match="too long"):
+        seal.seal(vault, staged, dataclasses.replace(RULES, named_by_database=True), Silent())
+    assert list(vault.directory("daily").iterdir()) == []
+
+
+@pytest.mark.parametrize("year", [1, 1970, 9999])
+def test_an_impossible_moment_of_the_dump_is_not_believed(vault: Vault, year: int) -> None:
+    zone = dt.timezone(dt.timedelta(hours=14 if year == 1 else -14))
+    moment = dt.datetime(year, 12 if year > 1 else 1, 31 if year > 1 else 1, 23 if year > 1 else 0, tzinfo=zone)
+    backup = seal.seal(vault, stage(vault, created_at=moment), RULES, Silent())
+    assert backup.manifest.filename.startswith(f"{dt.datetime.now(dt.UTC):%Y-%m-%d}")
+    assert_clean(pgkeep("list", "--json", root=vault.layout.root), 0)
+
+
+def test_a_staged_dump_that_changes_later_does_not_change_what_was_sealed(vault: Vault) -> None:
+    staged = stage(vault)
+    with (vault.layout.staging / staged / requests.DUMP_NAME).open("r+b") as held:
+        backup = seal.seal(vault, staged, RULES, Silent())
+        held.write(b"\0" * 100)
+        held.flush()
+    assert (vault.layout.active / backup.path_in_vault).read_bytes() == HONEST
+    assert len(manifests.encode(backup.manifest)) < 4096
