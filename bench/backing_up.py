@@ -31,17 +31,19 @@ def run(databases: Databases, figures: DatabaseFigures, rounds: int, space: Work
         workspace.settle()
 
     title = f"backup of {figures.name}"
-    timings = race(title, contenders(databases, figures.name), rounds, arena, say)
-    return Race(title, timings, figures.text_bytes)
+    protections: set[str] = set()
+    timings = race(title, contenders(databases, figures.name, protections), rounds, arena, say)
+    return Race(title, timings, figures.text_bytes, (f"Protection that pgkeep sealed with: {', '.join(protections)}.",))
 
 
-def contenders(databases: Databases, database: str) -> list[Contender[Path]]:
-    """pgkeep first."""
+def contenders(databases: Databases, database: str, protections: set[str]) -> list[Contender[Path]]:
+    """pgkeep first; the protection that it got is added to ``protections``."""
     conninfo = databases.cluster.conninfo(database)
     pg_dump = databases.tool("pg_dump")
 
     def pgkeep(place: Path) -> int:
         sealed = programs.Pgkeep(place, databases.cluster, database).run("backup", "daily")
+        protections.add(sealed["protection"])
         return int(sealed["size_bytes"])
 
     def discarded(_: Path) -> None:

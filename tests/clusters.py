@@ -133,10 +133,13 @@ def scratch_directory() -> Iterator[Path]:
 
 
 def remove_with_flags(directory: Path) -> None:
-    """Clear immutable and append-only flags, then remove. Raises where something stays."""
+    """Clear immutable and append-only flags (or closed modes), then remove. Raises where something stays."""
     if os.geteuid() == 0:
         # Its code says nothing: it is non-zero for sockets and for filesystems without flags.
         process.run(["chattr", "-R", "-f", "-i", "-a", directory])
+    else:
+        # A vault's directories are closed to their owner too, where the mode is the protection.
+        _must("chmod", "-R", "u+rwX", directory)
     shutil.rmtree(directory)
 
 

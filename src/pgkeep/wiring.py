@@ -95,7 +95,7 @@ class Services:
         if path.is_file() or ("/" in reference and os.path.lexists(path)):
             return path, None
         if "/" in reference and (path.is_absolute() or not self.layout.exists):
-            raise NotFoundError(f"{reference} does not exist")
+            raise NotFoundError(f"{reference} does not exist", "check the path; `pgkeep list` shows what there is")
         backup = self.find(reference, database)
         return self.layout.active / backup.path_in_vault, backup
 

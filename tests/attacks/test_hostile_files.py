@@ -31,6 +31,8 @@ from pgkeep.domain.request import Request
 from pgkeep.errors import FormatError, IntegrityError, PgkeepError, RefusedError, StorageError
 from pgkeep.progress import Silent
 from pgkeep.restore.rebuild import rebuild
+from pgkeep.restore.recover import choose_pg_restore
+from pgkeep.restore.target import list_members
 from pgkeep.vault import seal, store
 from pgkeep.vault.inspect import DEFECTS_LIMIT, Depth, Inspection, inspect
 from pgkeep.vault.layout import Layout, Vault, open_vault
@@ -118,7 +120,9 @@ _ROWS = b"".join(b"%d\t%s\n" % (n, hashlib.sha256(b"%d" % n).hexdigest().encode(
 LARGE = forge.build((Table(7, "public", "large", (_ROWS, _ROWS, _ROWS)), *forge.TABLES))
 
 
-@pytest.mark.parametrize("extra", [b"\0", b"\n", b"garbage" * 1000, gzip.compress(b"-- more\n"), HONEST[-FOOTER_BYTES:]])
+@pytest.mark.parametrize(
+    "extra", [b"\0", b"\n", b"garbage" * 1000, gzip.compress(b"-- more\n"), HONEST[-FOOTER_BYTES:]]
+)
 def test_anything_added_at_the_end_is_named(extra: bytes) -> None:
     assert "footer" in defects(HONEST + extra)
 
@@ -345,8 +349,10 @@ def test_any_value_in_any_place_of_the_index_ends_in_words(data: st.DataObject) 
     field = data.draw(st.sampled_from(sorted(line)))
     line[field] = data.draw(json_values)
     found = look(forgery.data())
-    assert found.defects or line == forged().pieces[[p.line for p in forgery.pieces].index(line)].line or (
-        field == "extension"
+    assert (
+        found.defects
+        or line == forged().pieces[[p.line for p in forgery.pieces].index(line)].line
+        or (field == "extension")
     )
 
 
@@ -398,7 +404,9 @@ def test_two_members_in_one_chunk_are_named() -> None:
     assert "a member does not end where the index says" in defects(forgery.data())
 
 
-@pytest.mark.parametrize("member", [b"\0" * 40, zlib.compress(b"1\tAda\n" * 50), b"\x1f\x8b" * 30], ids=["zeros", "zlib", "magic"])
+@pytest.mark.parametrize(
+    "member", [b"\0" * 40, zlib.compress(b"1\tAda\n" * 50), b"\x1f\x8b" * 30], ids=["zeros", "zlib", "magic"]
+)
 def test_a_member_that_is_no_gzip_is_named(member: bytes) -> None:
     forgery = forged()
     piece = forgery.piece("table")
@@ -449,16 +457,18 @@ def _toc_bomb(member_text: bytes, count: int) -> bytes:
     forgery = forged()
     piece = forgery.piece("toc")
     compressor = zlib.compressobj(9, zlib.DEFLATED, 31)
-    piece.members = [compressor.compress(member_text) + compressor.flush()] * count
-    piece.describe([member_text] * count)
+    piece.members = [compressor.compress(member_text) + compressor.flush()]
+    piece.describe([member_text])
+    piece.members *= count
+    piece.line["chunks"] *= count
     return forgery.data()
 
 
 def _index_of(line: bytes, count: int) -> bytes:
     header = b'-- {"pgkeep":"index","version":1,"content":"database","encoding":"UTF8","parts":%d}\n' % count
     compressor = zlib.compressobj(1, zlib.DEFLATED, 31)
-    block = [compressor.compress(line * 1000) for _ in range(count // 1000)]
-    return b"".join([compressor.compress(header), *block, compressor.flush()])
+    pieces = [compressor.compress(header), *(compressor.compress(line * 1000) for _ in range(count // 1000))]
+    return b"".join([*pieces, compressor.flush()])
 
 
 _LINE = b'-- {"kind":"sql","chunks":[[18,0,0,"' + b"0" * 64 + b'"]]}\n'
@@ -517,9 +527,44 @@ def test_contents_of_another_dump_are_named() -> None:
     ]
 
 
+def test_restore_refuses_what_contradicts_itself_before_it_looks_for_a_server(scratch: Path) -> None:
+    path = scratch / "liar.sql.gz"
+    path.write_bytes(forge.build(contents=forge.toc(forge.TABLES[1:])))
+    done = pgkeep("restore", path, "--to", "host=/nowhere dbname=x", root=scratch / "none")
+    assert_clean(done, 7, "the backup contradicts itself: table public.customers (11.dat)")
+
+
+@pytest.mark.parametrize("version", ["", "abc", "-1", "\N{ARABIC-INDIC DIGIT ONE}5", "\x1b[2J", "99999999999999999999"])
+def test_an_impossible_version_of_pg_dump_is_refused(version: str) -> None:
+    with pytest.raises(PgkeepError, match=r"no version of pg_dump|can't read it"):
+        choose_pg_restore(version, 15)
+
+
+def test_versions_before_a_release_are_read() -> None:
+    with pytest.raises(RefusedError, match=r"18beta1.*version 15"):
+        choose_pg_restore("18beta1", 15)
+
+
+@pytest.mark.parametrize(
+    ("value", "members"),
+    [
+        ('"$user", public', ["$user", "public"]),
+        ('"My, ""Schema", public', ['My, "Schema', "public"]),
+        ('""', [""]),
+        ("public; DROP TABLE customers", ["public; DROP TABLE customers"]),
+        ('a"; DROP TABLE customers; --', ['a"; DROP TABLE customers; --']),
+        ("a, (SELECT 1)", ["a, (SELECT 1)"]),
+    ],
+)
+def test_a_setting_from_a_manifest_never_becomes_sql(value: str, members: list[str]) -> None:
+    assert list_members(value) == members
+
+
 @settings(max_examples=100, deadline=None)
 @given(st.integers(0, len(forge.toc()) - 1), st.integers(1, 255))
-def test_damaged_contents_under_right_digests_end_in_words_or_in_another_whole_archive(position: int, flip: int) -> None:
+def test_damaged_contents_under_right_digests_end_in_words_or_in_another_whole_archive(
+    position: int, flip: int
+) -> None:
     damaged = bytearray(forge.toc())
     damaged[position] ^= flip
     assert all(isinstance(defect, str) for defect in look(forge.build(contents=bytes(damaged)), "digests").defects)

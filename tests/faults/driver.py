@@ -8,12 +8,15 @@ from __future__ import annotations
 import dataclasses
 import datetime as dt
 import errno
+import fcntl
+import functools
 import json
 import os
 import signal
 import sys
 import time
 import types
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +30,12 @@ from pgkeep.vault import audit_log, seal
 
 # What counts as a step beside the named ones: the listener is told of bytes while pg_dump runs.
 ADVANCE = "advance"
+# And every call that changes something on the disk: just after it returned.
+CALL = "call"
+_CHANGING: tuple[tuple[types.ModuleType, str], ...] = (
+    *((os, name) for name in ("mkdir", "open", "write", "rename", "link", "unlink", "rmdir", "chmod", "fchmod", "fsync")),
+    (fcntl, "ioctl"),
+)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,7 +56,7 @@ def inject(plan: Plan) -> None:
 
     def step(_: object, name: str, *__: object) -> None:
         seen.append(name)
-        if plan.record and name != ADVANCE:
+        if plan.record and (name not in (ADVANCE, CALL) or name == plan.at):
             with Path(plan.record).open("a") as file:
                 file.write(f"{name}\n")
         if name == plan.at and seen.count(name) == plan.nth:
@@ -56,10 +65,23 @@ def inject(plan: Plan) -> None:
     # The listener of the command line: nothing of what works is replaced.
     render._Log.step = step  # type: ignore[method-assign]
     render._Log.advance = lambda self, *sizes: step(self, ADVANCE)  # type: ignore[method-assign]
+    if plan.at == CALL:
+        for module, name in _CHANGING:
+            setattr(module, name, _told_of(getattr(module, name), functools.partial(step, None, CALL)))
     if plan.days_ago:
         _turn_clock_back(plan.days_ago)
     if plan.without_embedded:
         pgbinaries.EMBEDDED_DIRECTORIES = ()
+
+
+def _told_of(call: Callable[..., Any], tell: Callable[[], None]) -> Callable[..., Any]:
+    @functools.wraps(call)
+    def wrapped(*arguments: Any, **more: Any) -> Any:
+        result = call(*arguments, **more)
+        tell()
+        return result
+
+    return wrapped
 
 
 def _act(plan: Plan) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from pgkeep.adapters import pgbinaries, process
 from pgkeep.adapters.scratch_cluster import ScratchCluster
-from pgkeep.domain import selection, toc
+from pgkeep.domain import loading, selection, toc
 from pgkeep.domain.selection import DatabaseObject, DetachedPartition, OrphanedForeignKey, Selection, parse_table_name
 from pgkeep.domain.toc import TableName, Toc
 from tests.clusters import MAJORS, Clusters, Database, NewDatabase, temporary_database
@@ -186,7 +186,7 @@ def _dumped(database: Database, dump: Path) -> Source:
 
 def _restore(source: Source, chosen: Selection, target: Database, tmp_path: Path, *options: str) -> None:
     listing = tmp_path / "list"
-    listing.write_text(chosen.list_file())
+    listing.write_text(loading.list_file(chosen.dump_ids))
     connection = f"--dbname={target.conninfo}"
     program = source.tool("pg_restore")
     completed = process.run([program, "--exit-on-error", "-L", listing, connection, *options, source.dump])

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pgkeep.domain import selection
+from pgkeep.domain.loading import list_file
 from pgkeep.domain.selection import DatabaseObject, DetachedPartition, OrphanedForeignKey, Selection, parse_table_name
 from pgkeep.domain.toc import Entry, Section, TableName, Toc, qualify
 from pgkeep.errors import NotFoundError, UsageError
@@ -191,7 +192,7 @@ class TestPrerequisites:
         }
 
     def test_the_list_is_what_pg_restore_reads(self) -> None:
-        assert _select(self.toc, "t", exists=lambda _: True).list_file() == "5;\n6;\n8;\n"
+        assert list_file(_select(self.toc, "t", exists=lambda _: True).dump_ids) == "5;\n6;\n8;\n"
 
 
 def test_a_function_of_the_table_s_own_rows_is_no_endless_loop() -> None:

@@ -123,14 +123,8 @@ class ArtifactReader:
 
     def _compare_digest(self, offset: int, chunk: Chunk) -> None:
         digest = hashlib.sha256()
-        read = _sequential(self.source, offset)
-        left = chunk.length
-        while left:
-            data = read(min(left, gzip_members.PIECE_BYTES))
-            if not data:
-                raise FormatError("the file ends in the middle of it")
-            digest.update(data)
-            left -= len(data)
+        for block in _blocks(self.source, offset, chunk.length):
+            digest.update(block)
         if digest.hexdigest() != chunk.sha256:
             raise FormatError("its digest differs from the index")
 
@@ -187,6 +181,17 @@ def _sequential(source: Source, offset: int) -> Callable[[int], bytes]:
     return read
 
 
+def _blocks(source: Source, offset: int, length: int) -> Iterator[bytes]:
+    """So many bytes, a block at a time. Raises ``FormatError`` where the file ends before."""
+    read = _sequential(source, offset)
+    while length:
+        block = read(min(length, gzip_members.PIECE_BYTES))
+        if not block:
+            raise FormatError("the file ends too early")
+        length -= len(block)
+        yield block
+
+
 def _read_footer(source: Source) -> Footer:
     size_bytes = source.size_bytes
     tail = source.read(max(0, size_bytes - FOOTER_BYTES), FOOTER_BYTES)
@@ -207,18 +212,12 @@ def _read_index(source: Source, footer: Footer) -> Index:
 def _inflated(source: Source, footer: Footer, limit_bytes: int) -> Iterator[bytes]:
     """The index's text; the digest of its members is compared at the end, before anything is believed."""
     digest = hashlib.sha256()
-    read = _sequential(source, footer.index_offset)
 
-    def blocks() -> Iterator[bytes]:
-        left = footer.index_length
-        while left:
-            data = read(min(left, gzip_members.PIECE_BYTES))
-            if not data:
-                raise FormatError("the file ends in the middle of the index")
-            digest.update(data)
-            left -= len(data)
-            yield data
+    def digested() -> Iterator[bytes]:
+        for block in _blocks(source, footer.index_offset, footer.index_length):
+            digest.update(block)
+            yield block
 
-    yield from gzip_members.decompress_all(blocks(), limit_bytes)
+    yield from gzip_members.decompress_all(digested(), limit_bytes)
     if digest.hexdigest() != footer.index_sha256:
         raise FormatError("the index's digest differs from the footer")

@@ -6,6 +6,7 @@ in where its wheel is missing.
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -22,13 +23,11 @@ try:
 
     _codec, _open = isal_zlib, igzip.open
 except ImportError:  # platforms without isal's wheel
-    import gzip
-
     _codec, _open = zlib, gzip.open
 
 _GZIP = 31
 _LEVEL = 1
-_ERRORS: tuple[type[Exception], ...] = (zlib.error, _codec.error, ValueError, EOFError)
+_ERRORS: tuple[type[Exception], ...] = (zlib.error, _codec.error, gzip.BadGzipFile, ValueError, EOFError)
 PIECE_BYTES = 1024 * 1024
 
 

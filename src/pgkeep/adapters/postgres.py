@@ -54,6 +54,13 @@ class Target:
         """The same server, another database."""
         return dataclasses.replace(self, parameters=tuple({**dict(self.parameters), "dbname": name}.items()))
 
+    def with_setting(self, name: str, value: str) -> Target:
+        """The same, with a setting of the session; both must be plain words. A pooler may refuse it."""
+        given = dict(self.parameters)
+        options = given.get("options") or os.environ.get("PGOPTIONS") or ""
+        given["options"] = f"{options} -c {name}={value}".strip()
+        return dataclasses.replace(self, parameters=tuple(given.items()))
+
     @property
     def conninfo(self) -> str:
         """A keyword string without a password, fit for an argument list."""
@@ -116,6 +123,8 @@ def connect(target: Target, *, timeout_seconds: int = 10) -> Iterator[psycopg.Co
     except psycopg.Error as error:
         raise DatabaseError(f"can't connect to {target.described}: {_words(error)}", _remedy(str(error))) from error
     try:
+        # As pg_dump does: neither a database's own time limit nor a name that hides a system's is for us.
+        connection.execute("SET statement_timeout = 0; SET lock_timeout = 0; SET search_path = pg_catalog")
         yield connection
     except psycopg.Error as error:
         raise DatabaseError(f"{target.described}: {_words(error)}", _remedy(str(error))) from error
@@ -256,7 +265,7 @@ def _remedy(message: str) -> str:
         "could not translate host name": "check DB_HOST; in Compose, agent and database must share a network",
         "failed to resolve host": "check DB_HOST; in Compose, agent and database must share a network",
         "no pg_hba.conf entry": "let this user and address in: pg_hba.conf on the server",
-        "timeout": "is the server reachable from here? a firewall drops packets silently",
+        "timeout expired": "is the server reachable from here? a firewall drops packets silently",
         "permission denied": "grant the role what it reads, e.g. pg_read_all_data",
     }
     return next((remedy for words, remedy in remedies.items() if words in message), "")

@@ -23,6 +23,9 @@ SPOOLED_FILE = re.compile(r"(\d{1,10}\.dat)\.gz", re.ASCII)
 # How far back from a chunk's end a row's end is looked for; a longer row is cut anywhere.
 ROW_SEARCH_BYTES = 64 * 1024
 
+# The end mark and the newline before it.
+_TAIL_BYTES = len(DATA_END) + 1
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class PooledChunk:
@@ -67,7 +70,7 @@ class _Source:
 
     def is_complete(self, size_bytes: int) -> bool:
         """True once pg_dump's end mark is the last thing in it: no row can look like that."""
-        tail = os.pread(self.descriptor, len(DATA_END) + 1, max(0, size_bytes - len(DATA_END) - 1))
+        tail = os.pread(self.descriptor, _TAIL_BYTES, max(0, size_bytes - _TAIL_BYTES))
         return tail in (DATA_END, b"\n" + DATA_END)
 
     def cut(self) -> int:
@@ -147,6 +150,8 @@ class Compressor:
         # A descriptor of the job's own: the source's is closed as soon as all of it is handed over.
         descriptor = os.dup(source.descriptor)
         future = self._threads.submit(self._compress, descriptor, source.taken_bytes, length)
+        # Here, not in the job: one that is cancelled never runs.
+        future.add_done_callback(lambda _: os.close(descriptor))
         source.taken_bytes += length
         self.taken_bytes += length
         source.chunks.append(future)
@@ -159,13 +164,11 @@ class Compressor:
                 future.result()
 
     def _compress(self, descriptor: int, offset: int, length: int) -> PooledChunk:
-        try:
-            chunk, pieces = gzip_members.compress(_pieces(descriptor, offset, length))
-            if length >= CHUNK_BYTES - ROW_SEARCH_BYTES:
-                durable.punch_hole(descriptor, offset, length)
-            return self._pool.add(chunk, pieces)
-        finally:
-            os.close(descriptor)
+        chunk, pieces = gzip_members.compress(_pieces(descriptor, offset, length))
+        if length >= CHUNK_BYTES - ROW_SEARCH_BYTES:
+            # The end mark may lie across the cut: what is_complete() reads must stay.
+            durable.punch_hole(descriptor, offset, length - _TAIL_BYTES)
+        return self._pool.add(chunk, pieces)
 
     def _compress_spooled(self, path: Path) -> list[PooledChunk]:
         """A file that pg_dump compressed because the disk is small: once through memory, chunk by chunk."""
@@ -174,7 +177,7 @@ class Compressor:
         for text in gzip_members.chunked(gzip_members.read_file(path)):
             chunk, pieces = gzip_members.compress(text)
             chunks.append(self._pool.add(chunk, pieces))
-            tail = (tail + b"".join(text[-2:]))[-len(DATA_END) - 1 :]
+            tail = (tail + b"".join(text[-2:]))[-_TAIL_BYTES:]
         if tail not in (DATA_END, b"\n" + DATA_END):
             raise FormatError(f"pg_dump left {path.name} without its end mark", "look at the server's log")
         path.unlink()

@@ -39,7 +39,8 @@ def command(context: Context, tier: str, wait_seconds: float, quiet: bool) -> No
         if context.services.settings.dump.verify_after:
             _verify(context, run.sealed, progress)
     if context.json and not run.failures:
-        objects = [render.backup_object(backup) for backup in run.sealed]
+        active = context.services.layout.active
+        objects = [render.backup_object(backup, active) for backup in run.sealed]
         render.print_json({**objects[0], "backups": objects})
     for backup in run.sealed:
         manifest = backup.manifest

@@ -30,7 +30,7 @@ def command(context: Context, dry_run: bool, wait_seconds: float) -> None:
             [
                 {
                     "id": decision.backup.manifest.id,
-                    "path": decision.backup.path_in_vault,
+                    "path": str(services.layout.active.absolute() / decision.backup.path_in_vault),
                     "keep": decision.keep,
                     "rule": decision.rule.value,
                     "reason": decision.reason,

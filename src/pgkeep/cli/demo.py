@@ -90,7 +90,7 @@ class _Narrator:
         server, place = outcome.server, outcome.place
         self._say()
         self._say("pgkeep demo", "bold")
-        self._say("A database is backed up, attacked, restored and compared. Nothing here is staged.", "dim")
+        self._say("A database is backed up, attacked, restored and compared. Nothing is staged.", "dim")
         self._say()
         self._say(f"server   PostgreSQL {server.version} in {server.directory} ({server.source})")
         self._say(f"vault    {place.root} on {place.filesystem}")
@@ -244,12 +244,12 @@ def _protection(outcome: Outcome) -> str:
     """What the sealed files have, and who could still take it off. Never more than is true."""
     if outcome.place.protection == "chattr":
         return (
-            "Protection: chattr. The files are immutable: root can't change them either, unless it first takes\n"
-            "the flag off on purpose (chattr -i, which needs CAP_LINUX_IMMUTABLE)."
+            "Protection: chattr. The files are immutable: not even root can change them,\n"
+            "unless it takes the flag off first, on purpose (chattr -i)."
         )
     return (
-        "Protection: mode. The files are read-only, NOT immutable: other users can't touch them, but their\n"
-        f"owner (after a chmod) and root still can change and remove them.{_way_to_more(outcome)}"
+        "Protection: mode. The files are read-only, NOT immutable: their owner (after a\n"
+        f"chmod) and root could still change and remove them.{_way_to_more(outcome)}"
     )
 
 
@@ -258,7 +258,7 @@ def _way_to_more(outcome: Outcome) -> str:
     if not outcome.place.capability_missing:
         return ""
     if os.geteuid() == 0:
-        return "\nFor immutable ones, give this container the capability: --cap-add LINUX_IMMUTABLE."
+        return "\nFor immutable ones, this root needs a capability: --cap-add LINUX_IMMUTABLE."
     return "\nRun the demo as root to see immutable ones."
 
 
@@ -296,11 +296,12 @@ def _object(outcome: Outcome) -> dict[str, Any]:
             "directory": str(outcome.server.directory),
         },
         "vault": {"path": str(outcome.place.root), "filesystem": outcome.place.filesystem, "kept": bool(outcome.kept)},
-        "backups": [render.backup_object(backup) for backup in outcome.sealed],
+        "backups": [render.backup_object(backup, outcome.place.root / "active") for backup in outcome.sealed],
         "files": outcome.files,
         "attacked_as": onslaught.by if onslaught else None,
         "attacks": onslaught.attacks if onslaught else [],
         "differences": outcome.differences,
         "counts": {step.name: step.counts for step in outcome.steps if step.counts},
+        "duration_seconds": outcome.seconds["total"],
         "seconds": outcome.seconds,
     }

@@ -35,7 +35,8 @@ def command(context: Context, tier: str | None, database: str | None, with_globa
         and database in (None, backup.manifest.database)
     ]
     if context.json:
-        render.print_json([render.backup_object(backup) for backup in backups])
+        active = context.services.layout.active
+        render.print_json([render.backup_object(backup, active) for backup in backups])
     else:
         _print(backups)
     problems = [f"{backup.path_in_vault}: {problem}" for backup in backups for problem in backup.problems]

@@ -99,17 +99,18 @@ def _fail(context: Context, message: str, hint: str, exit_code: int) -> NoReturn
     if context.json:
         document = {"ok": False, "error": message, "hint": hint, "exit_code": exit_code}
         click.echo(json.dumps(document))
-    _explain(f"pgkeep: {message}")
+    _say(f"pgkeep: {message}")
     if hint:
-        _explain(f"        {hint}")
+        _say(f"        {hint}")
     sys.exit(exit_code)
 
 
-def _explain(text: str) -> None:
-    """Lines for people. A name or a server's words in them may hold anything but must not steer the terminal."""
+def _say(text: str) -> None:
+    """Lines for people. A name in them may hold anything: it steers no terminal, and begins no line of its own."""
     from pgkeep.cli import render
 
-    for line in text.split("\n"):
+    first, *others = text.split("\n")
+    for line in (first, *(f"        {other}" for other in others)):
         click.echo(render.printable(line), err=True)
 
 

@@ -8,6 +8,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -38,8 +39,8 @@ def moment(value: dt.datetime | None) -> str:
     return "for ever" if value is None else f"{value:%Y-%m-%d %H:%M:%S} UTC"
 
 
-def backup_object(backup: SealedBackup) -> dict[str, Any]:
-    """A backup as ``--json`` shows it; ``docs/operations.md`` describes the fields."""
+def backup_object(backup: SealedBackup, active: Path) -> dict[str, Any]:
+    """A backup as ``--json`` shows it, its path below ``active``; ``docs/operations.md`` describes the fields."""
     manifest = backup.manifest
     return {
         "id": manifest.id,
@@ -47,7 +48,7 @@ def backup_object(backup: SealedBackup) -> dict[str, Any]:
         "kind": manifest.kind,
         "database": manifest.database,
         "timestamp": manifest.timestamp,
-        "path": backup.path_in_vault,
+        "path": str(active.absolute() / backup.path_in_vault),
         "size_bytes": manifest.size_bytes,
         "raw_bytes": manifest.raw_bytes,
         "sha256": manifest.sha256,

@@ -78,7 +78,7 @@ def command(context: Context, reference: str, all_tables: bool, database: str | 
     found = find(context, reference, database)
     commands = list(_stock_commands(context, found))
     if context.json:
-        render.print_json(_document(found, commands))
+        render.print_json(_document(context, found, commands))
     else:
         _print_facts(found)
         _print_tables(found.manifest, None if all_tables else TABLES_SHOWN)
@@ -115,12 +115,12 @@ def _in_vault(context: Context, path: Path) -> SealedBackup | None:
     return next((each for each in services.catalog().backups if each.path_in_vault == inside), None)
 
 
-def _document(found: Found, commands: list[StockCommand]) -> dict[str, Any]:
+def _document(context: Context, found: Found, commands: list[StockCommand]) -> dict[str, Any]:
     manifest = found.manifest
-    summary = render.backup_object(found.backup) if found.backup else {"path": str(found.path)}
+    active = context.services.layout.active
+    summary = render.backup_object(found.backup, active) if found.backup else {"path": str(found.path.absolute())}
     return {
         **summary,
-        "file": str(found.path),
         "protection_in_force": found.protection_in_force,
         "ratio": found.ratio,
         "manifest": manifest,

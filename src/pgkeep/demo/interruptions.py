@@ -21,6 +21,7 @@ class Interruptions:
     def __init__(self) -> None:
         self._depth = 0
         self._pending: int | None = None
+        self._over = False
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Interruptions:
@@ -48,14 +49,16 @@ class Interruptions:
                 self._raise(number)
 
     def _handle(self, number: int, _: FrameType | None) -> None:
+        if self._over:
+            return
         if self._depth:
             self._pending = self._pending or number
         else:
             self._raise(number)
 
     def _raise(self, number: int) -> NoReturn:
-        for each in self._previous:
-            signal.signal(each, signal.SIG_IGN)
+        # Not SIG_IGN: Python complains on stderr of a signal that arrives while that is being set.
+        self._over = True
         if number == signal.SIGINT:
             raise KeyboardInterrupt
         raise SystemExit(128 + number)

@@ -17,7 +17,7 @@ from pgkeep.errors import FormatError
 
 VERSION = "1.0"
 # 100 000 tables with long names fit; anything larger is hostile or broken.
-SIZE_LIMIT_BYTES = 256 * 1024 * 1024
+SIZE_LIMIT_BYTES = 64 * 1024 * 1024
 
 Protection = Literal["chattr", "mode", "none"]
 Kind = Literal["database", "globals"]

@@ -23,7 +23,7 @@ _DatabaseName = Annotated[str, msgspec.Meta(max_length=1024, pattern=r"\A[^\x00]
 class Request(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Travels as ``request.json`` beside ``dump.sql.gz`` in ``staging/<id>.ready/``."""
 
-    id: Annotated[str, msgspec.Meta(pattern=r"\A\d{8}T\d{6}Z-[0-9a-f]{6}\Z")]
+    id: Annotated[str, msgspec.Meta(pattern=r"\A[0-9]{8}T[0-9]{6}Z-[0-9a-f]{6}\Z")]
     kind: Kind
     tier: Tier
     database: _DatabaseName

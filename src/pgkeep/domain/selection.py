@@ -88,10 +88,6 @@ class Selection:
     detached: tuple[DetachedPartition, ...]
     orphaned_foreign_keys: tuple[OrphanedForeignKey, ...]
 
-    def list_file(self) -> str:
-        """For ``pg_restore -L``: the dump id at the line's start is all that it reads; ``;`` begins a comment."""
-        return "".join(f"{dump_id};\n" for dump_id in self.dump_ids)
-
 
 def parse_table_name(text: str) -> TableName:
     """``name``, ``schema.name``, ``"Sch ema"."We.ird"``: as in SQL, unquoted letters are folded to lower case.

@@ -9,11 +9,12 @@ import os
 import re
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from pgkeep.adapters import durable, pgbinaries, postgres, process
 from pgkeep.adapters.artifact_reader import ArtifactReader, LocalFile
+from pgkeep.domain import loading
 from pgkeep.domain import selection as selections
 from pgkeep.domain import toc as tocs
 from pgkeep.domain.artifact import Part, TablePart, codec
@@ -86,31 +87,33 @@ def restore(
 ) -> Outcome:
     """Restore ``file`` into ``target``; ``facts`` are needed for ``create``. ``scratch`` holds the rebuilt archive.
 
-    Raises ``RefusedError`` and ``ToolError`` before anything is changed, ``RestoreError`` with the server's
-    words after; ``FormatError`` for a damaged artifact; ``DatabaseError``.
+    Raises ``RefusedError``, ``ToolError`` and ``FormatError`` (a damaged artifact) before anything is changed (a
+    database made by ``create`` is gone again), ``RestoreError`` with the server's words after; ``DatabaseError``.
     """
     seconds: dict[str, float] = {}
     started = time.monotonic()
     reader = ArtifactReader(file)
-    plan = _prepare(reader, target, facts, options, progress)
-    with tempfile.TemporaryDirectory(prefix="restore-", dir=scratch) as directory:
+    with tempfile.TemporaryDirectory(prefix="restore-", dir=scratch) as directory, contextlib.ExitStack() as undo:
+        plan = _prepare(reader, target, facts, options, progress, undo)
         with _timed(seconds, "rebuild"):
             _require_space(scratch, reader)
             rebuild(reader, file, Path(directory), lambda part: not options.schema_only and plan.wants(part))
         progress.step("restore.rebuilt")
+        undo.pop_all()
         with _timed(seconds, "load"):
             _load(Path(directory), target, plan, options, reader, progress)
         progress.step("restore.loaded")
     notes = list(_left_out(plan))
-    if options.create and facts is not None:
-        notes += targets.apply_settings(target, facts)
     parts = [part for part in reader.index.tables if plan.wants(part)]
     if not options.schema_only:
         with _timed(seconds, "analyze"):
-            _analyze(target, plan, parts)
+            _analyze(target, plan, parts, options.parallel_jobs)
         with _timed(seconds, "count"):
             rows.check(target, rows.expectations(plan.toc, parts), options.parallel_jobs)
         progress.step("restore.counted")
+    if options.create and facts is not None:
+        # Last: one like default_transaction_read_only would be in our own way.
+        notes += targets.apply_settings(target, facts)
     seconds["total"] = round(time.monotonic() - started, 3)
     restored = 0 if options.schema_only else sum(part.rows for part in parts)
     return Outcome(plan.facts.database, len(parts), restored, seconds, tuple(notes))
@@ -146,7 +149,9 @@ def _prepare(
     facts: DatabaseFacts | None,
     options: Options,
     progress: Progress,
+    undo: contextlib.ExitStack,
 ) -> _Plan:
+    """Find out all that can be; what is made for that on the server is in ``undo``."""
     data = reader.toc()
     if data is None:
         raise FormatError("this is a backup of roles and tablespaces", "gunzip -c FILE | psql -d postgres")
@@ -156,26 +161,28 @@ def _prepare(
         raise FormatError("the backup contradicts itself: " + "; ".join(lies), "restore from another copy")
     server = targets.inspect_target(targets.maintenance(target) if options.create else target)
     pg_restore = choose_pg_restore(toc.dump_version, server.major)
-    _require_roles(target, toc, options)
     if options.create:
         if facts is None:
             raise RefusedError("without its manifest the database's encoding and locale are not known", _NO_FACTS_HINT)
         targets.create_database(target, facts)
+        undo.callback(targets.drop_database, target)
         server = targets.inspect_target(target)
         progress.step("restore.database-created")
     elif not options.allow_non_empty and not options.data_only:
         targets.require_empty(target)
-    return _Plan(toc, pg_restore, server, _select(toc, target, options))
+    selection = _select(toc, target, options)
+    _require_roles(target, toc, selection, options)
+    return _Plan(toc, pg_restore, server, selection)
 
 
 _NO_FACTS_HINT = "create the database yourself, then restore without --create"
 
 
-def _require_roles(target: postgres.Target, toc: tocs.Toc, options: Options) -> None:
-    if options.no_owner:
+def _require_roles(target: postgres.Target, toc: tocs.Toc, selection: Selection | None, options: Options) -> None:
+    if options.no_owner or options.data_only:
         return
-    where = targets.maintenance(target) if options.create else target
-    missing = targets.missing_roles(where, (entry.owner for entry in toc.entries if entry.owner))
+    chosen = toc.entries if selection is None else [toc.by_dump_id[dump_id] for dump_id in selection.dump_ids]
+    missing = targets.missing_roles(target, (entry.owner for entry in chosen if entry.owner))
     if missing:
         raise RefusedError(
             f"the server lacks roles that own what is restored: {', '.join(missing[:10])}",
@@ -232,8 +239,31 @@ def _load(
     reader: ArtifactReader,
     progress: Progress,
 ) -> None:
-    command = _command(directory, target, plan, options)
     raw_bytes = {part.dump_id: part.raw_bytes for part in reader.index.tables if plan.wants(part)}
+    command = _command(target, plan, options)
+    for number, use_list in enumerate(_lists(directory, plan)):
+        # All rows are loaded by the first run.
+        _load_once([*command, *use_list, directory], target, plan, {} if number else raw_bytes, progress)
+
+
+def _lists(directory: Path, plan: _Plan) -> Iterator[list[str]]:
+    """The options that choose the entries of each run of pg_restore; they are one run or two."""
+    chosen = loading.runs(plan.toc, plan.selection.dump_ids if plan.selection else None)
+    if not chosen:
+        yield []
+    for number, dump_ids in enumerate(chosen):
+        listing = directory / f"selection-{number}"
+        listing.write_text(loading.list_file(dump_ids), encoding="ascii")
+        yield [f"--use-list={listing}"]
+
+
+def _load_once(
+    command: Sequence[str | Path],
+    target: postgres.Target,
+    plan: _Plan,
+    raw_bytes: Mapping[int, int],
+    progress: Progress,
+) -> None:
     with (
         postgres.tool_access(target) as (environment, descriptors),
         process.start(command, environment=environment, descriptors=descriptors, stdout=process.DEVNULL) as running,
@@ -243,7 +273,8 @@ def _load(
             time.sleep(POLL_SECONDS)
             text, position = running.messages_from(position)
             done_bytes += sum(raw_bytes.get(int(number), 0) for number in _FINISHED.findall(text))
-            progress.advance(done_bytes, sum(raw_bytes.values()))
+            if raw_bytes:
+                progress.advance(done_bytes, sum(raw_bytes.values()))
         if running.wait() != 0:
             raise RestoreError(
                 f"pg_restore failed: {_words(running.messages())}",
@@ -251,10 +282,10 @@ def _load(
             )
 
 
-def _command(directory: Path, target: postgres.Target, plan: _Plan, options: Options) -> list[str | Path]:
+def _command(target: postgres.Target, plan: _Plan, options: Options) -> list[str | Path]:
     command: list[str | Path] = [
         plan.pg_restore,
-        f"--dbname={target.conninfo}",
+        f"--dbname={_for_loading(target, plan, options).conninfo}",
         f"--jobs={options.parallel_jobs}",
         "--exit-on-error",
         "--no-password",
@@ -263,16 +294,20 @@ def _command(directory: Path, target: postgres.Target, plan: _Plan, options: Opt
     flags = {
         "--schema-only": options.schema_only,
         "--data-only": options.data_only,
-        "--disable-triggers": options.data_only and plan.facts.is_superuser,
         "--no-owner": options.no_owner,
         "--no-privileges": options.no_privileges,
     }
-    command += [flag for flag, wanted in flags.items() if wanted]
-    if plan.selection is not None:
-        listing = directory / "selection"
-        listing.write_text(plan.selection.list_file(), encoding="ascii")
-        command.append(f"--use-list={listing}")
-    return [*command, directory]
+    return command + [flag for flag, wanted in flags.items() if wanted]
+
+
+def _for_loading(target: postgres.Target, plan: _Plan, options: Options) -> postgres.Target:
+    """Rows alone must not meet triggers and foreign keys that are there already, where our rights allow that.
+
+    Not --disable-triggers: that one enables afterwards what was disabled before, and forgets ENABLE ALWAYS.
+    """
+    if options.data_only and plan.facts.is_superuser:
+        return target.with_setting("session_replication_role", "replica")
+    return target
 
 
 def _words(messages: str) -> str:
@@ -281,11 +316,12 @@ def _words(messages: str) -> str:
     return messages[position:][:4000] if position >= 0 else messages[-2000:]
 
 
-def _analyze(target: postgres.Target, plan: _Plan, parts: Sequence[TablePart]) -> None:
+def _analyze(target: postgres.Target, plan: _Plan, parts: Sequence[TablePart], jobs: int) -> None:
     """Not needed where the planner's statistics came along with the dump (PostgreSQL 18)."""
     if any(entry.description == "STATISTICS DATA" for entry in plan.toc.entries):
         return
-    targets.analyze(target, [(part.schema, part.name) for part in parts] if plan.selection else None)
+    only = None if plan.selection is None else [tocs.TableName(part.schema, part.name) for part in parts]
+    targets.analyze(target, only, jobs)
 
 
 @contextlib.contextmanager

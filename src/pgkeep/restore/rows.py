@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from pgkeep.adapters import postgres
 from pgkeep.domain.artifact import TablePart
-from pgkeep.domain.toc import TableName, Toc
+from pgkeep.domain.toc import Entry, TableName, Toc
 from pgkeep.errors import RestoreError
 
 
@@ -17,8 +17,8 @@ class Expectation:
     """How many rows ``table`` has to hold.
 
     ``with_partitions``: pg_dump loads some partitions through their root (those hashed by an enum, whose
-    values another server may sort into other partitions): then only the root's sum can be compared.
-    ``at_least``: an extension brings rows of its own beside those that were dumped.
+    values another server may sort into other partitions): then only the sum over all of the root's can be compared.
+    ``at_least``: there may be more (an extension's own rows; partitions that were not restored now).
     """
 
     table: TableName
@@ -29,17 +29,34 @@ class Expectation:
 
 def expectations(toc: Toc, parts: Sequence[TablePart]) -> list[Expectation]:
     """What the index promises, for the restored parts."""
-    entries = {entry.dump_id: entry for entry in toc.entries if entry.is_table_data}
     direct: list[Expectation] = []
-    through_root: dict[TableName, int] = {}
+    roots: set[TableName] = set()
     for part in parts:
         own = TableName(part.schema, part.name)
-        loaded = entries[part.dump_id].copy_target or own
+        loaded = toc.by_dump_id[part.dump_id].copy_target or own
         if loaded == own:
             direct.append(Expectation(own, part.rows, at_least=part.extension))
         else:
-            through_root[loaded] = through_root.get(loaded, 0) + part.rows
-    return direct + [Expectation(root, rows, with_partitions=True) for root, rows in through_root.items()]
+            roots.add(loaded)
+    rows = {TableName(part.schema, part.name): part.rows for part in parts}
+    return direct + [_of_tree(toc, root, rows) for root in sorted(roots)]
+
+
+def _of_tree(toc: Toc, root: TableName, rows: Mapping[TableName, int]) -> Expectation:
+    """All of a root's partitions together: its own rows may stand beside those that went through it."""
+    with_rows = {entry.table_name for entry in toc.entries if entry.is_table_data}
+    names = {entry.table_name for entry in _below(toc, root)} & with_rows
+    total = sum(rows.get(name, 0) for name in names)
+    return Expectation(root, total, with_partitions=True, at_least=not names <= rows.keys())
+
+
+def _below(toc: Toc, root: TableName) -> Iterator[Entry]:
+    """The partitions of a table, of these, and so on."""
+    pending = [entry for entry in toc.entries if entry.is_table and entry.table_name == root]
+    while pending:
+        children = [child for _, child in toc.partitions.get(pending.pop().dump_id, ())]
+        yield from children
+        pending += children
 
 
 def check(target: postgres.Target, expected: Sequence[Expectation], jobs: int) -> None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import collections
+import concurrent.futures
 import dataclasses
+import re
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pgkeep.adapters import postgres
 from pgkeep.domain.manifest import DatabaseFacts
 from pgkeep.domain.selection import DatabaseObject, existence_query
+from pgkeep.domain.toc import TableName
 from pgkeep.errors import ConfigurationError, DatabaseError, RefusedError
 
 if TYPE_CHECKING:
@@ -20,6 +24,7 @@ _LIST_SETTINGS = frozenset(
     {"local_preload_libraries", "search_path", "session_preload_libraries", "shared_preload_libraries",
      "temp_tablespaces", "unix_socket_directories"}
 )  # fmt: skip
+_MEMBER = re.compile(r'\s*("(?:[^"]|"")*"|[^\s",;]+)\s*(?:,(?=.)|\Z)', re.DOTALL)
 # The first thing that a restore could run into: made by a user, and not by an extension.
 _FIRST_OBJECT = """
 WITH own AS (
@@ -30,6 +35,13 @@ WITH own AS (
 )
 SELECT name FROM own WHERE oid >= 16384 AND oid NOT IN (SELECT objid FROM pg_depend WHERE deptype = 'e')
 UNION ALL SELECT 'large object ' || oid FROM pg_largeobject_metadata LIMIT 1
+"""
+
+
+# What ANALYZE without a name would look at, the largest first.
+_ANALYZED = """
+SELECT nspname, relname FROM pg_class JOIN pg_namespace n ON n.oid = relnamespace
+WHERE relkind = ANY ('{r,m,p}') AND pg_class.oid >= 16384 AND relpersistence <> 't' ORDER BY relpages DESC
 """
 
 
@@ -86,10 +98,19 @@ def create_database(target: postgres.Target, facts: DatabaseFacts) -> None:
     if not name:
         raise ConfigurationError("--create needs the new database's name", "add dbname=… to --to")
     with postgres.connect(maintenance(target)) as connection:
-        if connection.execute("SELECT FROM pg_database WHERE datname = %s", [name]).fetchone():
+        if connection.execute("SELECT FROM pg_database WHERE datname = %s", [name]).fetchone() is not None:
             raise RefusedError(f"the database {name!r} exists already", "choose another name, or leave --create out")
         major = _facts(connection).major
         connection.execute(_create_statement(name, facts, major))
+
+
+def drop_database(target: postgres.Target) -> None:
+    """Take :func:`create_database` back. Raises ``DatabaseError``."""
+    from psycopg import sql
+
+    name = dict(target.parameters)["dbname"]
+    with postgres.connect(maintenance(target)) as connection:
+        connection.execute(sql.SQL("DROP DATABASE {}").format(sql.Identifier(name)))
 
 
 def apply_settings(target: postgres.Target, facts: DatabaseFacts) -> list[str]:
@@ -104,7 +125,8 @@ def apply_settings(target: postgres.Target, facts: DatabaseFacts) -> list[str]:
             subject = sql.SQL("DATABASE {}").format(name)
             if role:
                 subject = sql.SQL("ROLE {} IN DATABASE {}").format(sql.Identifier(role), name)
-            given = sql.SQL(value) if setting in _LIST_SETTINGS and value else sql.Literal(value)
+            members = list_members(value) if setting in _LIST_SETTINGS else [value]
+            given = sql.SQL(", ").join(map(sql.Literal, members))
             try:
                 statement = sql.SQL("ALTER {} SET {} TO {}")
                 connection.execute(statement.format(subject, sql.Identifier(*setting.split(".")), given))
@@ -113,16 +135,31 @@ def apply_settings(target: postgres.Target, facts: DatabaseFacts) -> list[str]:
     return refused
 
 
-def analyze(target: postgres.Target, tables: Sequence[tuple[str, str]] | None) -> None:
-    """Gather the planner's statistics: of the named tables, or of all."""
+def list_members(value: str) -> list[str]:
+    """The members of a setting that holds a list, unquoted: each goes to the server as a literal, never as SQL."""
+    members = [match[1] for match in _MEMBER.finditer(value)]
+    if not members or _MEMBER.sub("", value):
+        return [value]
+    return [text[1:-1].replace('""', '"') if text.startswith('"') else text for text in members]
+
+
+def analyze(target: postgres.Target, tables: Sequence[TableName] | None, jobs: int) -> None:
+    """Gather the planner's statistics of the named tables, or of all; ``jobs`` tables at a time."""
     from psycopg import sql
 
-    with postgres.connect(target) as connection:
-        if tables is None:
-            connection.execute("ANALYZE")
-            return
-        for schema, name in tables:
-            connection.execute(sql.SQL("ANALYZE {}").format(sql.Identifier(schema, name)))
+    if tables is None:
+        with postgres.connect(target) as connection:
+            tables = [TableName(schema, name) for schema, name in connection.execute(_ANALYZED)]
+
+    def analyze_some(some: Sequence[TableName]) -> None:
+        with postgres.connect(target) as connection:
+            for table in some:
+                name = sql.Identifier(table.schema or "public", table.name)
+                connection.execute(sql.SQL("ANALYZE {}").format(name))
+
+    jobs = max(1, min(jobs, len(tables)))
+    with concurrent.futures.ThreadPoolExecutor(jobs) as threads:
+        collections.deque(threads.map(analyze_some, (tables[start::jobs] for start in range(jobs))), maxlen=0)
 
 
 def maintenance(target: postgres.Target) -> postgres.Target:

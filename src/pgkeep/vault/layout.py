@@ -148,7 +148,7 @@ def open_vault(layout: Layout, wanted: protection.Wanted) -> Vault:
     else:
         read_identity(layout)
     chosen = protection.choose(protection.probe(layout.incoming), wanted, os.geteuid() == 0)
-    if not fresh and chosen.protection != "chattr" and _is_flagged(layout.active):
+    if not fresh and chosen.protection != "chattr" and is_flagged(layout.active):
         raise ProtectionError(
             "the vault's directories carry the immutable flag, which this process may not set or lift",
             fsflags.CAPABILITY_HINT,
@@ -202,7 +202,8 @@ def _is_of_a_beginning(path: Path) -> bool:
     return durable.is_temporary(path.name)
 
 
-def _is_flagged(directory: Path) -> bool:
+def is_flagged(directory: Path) -> bool:
+    """Whether it carries the immutable flag."""
     try:
         with fsflags.opened(directory) as descriptor:
             return fsflags.has_flag(descriptor, fsflags.IMMUTABLE)

@@ -11,7 +11,7 @@ from pgkeep.adapters import durable, fsflags, protection
 from pgkeep.domain.catalog import SealedBackup, ordered
 from pgkeep.errors import ProtectionError
 from pgkeep.vault import journal, store
-from pgkeep.vault.layout import IDENTITY_NAME, Layout, read_identity
+from pgkeep.vault.layout import IDENTITY_NAME, Layout, is_flagged, read_identity
 from pgkeep.watch.check import Check, some
 from pgkeep.watch.server import Facts
 
@@ -59,7 +59,7 @@ def protection_in_force(layout: Layout, wanted: protection.Wanted) -> Iterator[C
     found = protection.probe(place)
     where = f"tried in {place}, on {found.filesystem}"
     chosen = protection.choose(found, wanted, os.geteuid() == 0)
-    if layout.exists and chosen.protection != "chattr" and _is_flagged(layout.active):
+    if layout.exists and chosen.protection != "chattr" and is_flagged(layout.active):
         text = "the vault carries the immutable flag, which this process may not set or lift"
         raise ProtectionError(f"{text} ({found.why})", fsflags.CAPABILITY_HINT)
     if not chosen.warning:
@@ -67,14 +67,6 @@ def protection_in_force(layout: Layout, wanted: protection.Wanted) -> Iterator[C
         return
     remedy = fsflags.CAPABILITY_HINT if found.capability_missing else fsflags.UNSUPPORTED_HINT
     yield Check("protection", "warn", f"{chosen.protection}: {chosen.warning} ({where})", remedy)
-
-
-def _is_flagged(directory: Path) -> bool:
-    try:
-        with fsflags.opened(directory) as descriptor:
-            return fsflags.has_flag(descriptor, fsflags.IMMUTABLE)
-    except fsflags.UnsupportedFlagsError:
-        return False
 
 
 def space(layout: Layout, facts: Facts, backups: tuple[SealedBackup, ...], reserve_bytes: int) -> Iterator[Check]:
