@@ -208,7 +208,8 @@ def _mount_device(kind: FilesystemKind, device: str, mount: Path) -> None:
     if mounter == "mount" and kind not in Path("/proc/filesystems").read_text().split():
         skip(f"needs {kind} in the kernel", could_run_here=False)
     _must(maker, *makers[kind], device)
-    _must(*([mounter, "-t", kind] if mounter == "mount" else [mounter]), device, mount)
+    # A FUSE filesystem lives in a daemon: in a session of its own, or it would end with the program that we ran.
+    _must(*([mounter, "-t", kind] if mounter == "mount" else ["setsid", "--wait", mounter]), device, mount)
 
 
 def _unmount(mount: Path) -> None:

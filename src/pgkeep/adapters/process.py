@@ -121,14 +121,16 @@ def start(
     identity: Identity | None = None,
     directory: str | os.PathLike[str] | None = None,
     descriptors: Sequence[int] = (),
+    death_signal: signal.Signals = signal.SIGKILL,
 ) -> Iterator[Running]:
     """Start a program; ``environment`` is added to ours. ``stdin``/``stdout``: a descriptor or PIPE/DEVNULL;
-    ``descriptors``: what else it inherits, under the same numbers.
+    ``descriptors``: what else it inherits, under the same numbers. ``death_signal`` is what it gets when we are
+    killed: SIGTERM for a program that has workers of its own, which SIGKILL would leave behind.
 
     Raises ``ToolError`` where the program can't be started.
     """
     messages = tempfile.TemporaryFile()
-    command = [*_dying_with_us(identity), *(os.fspath(argument) for argument in arguments)]
+    command = [*_dying_with_us(identity, death_signal), *(os.fspath(argument) for argument in arguments)]
     try:
         child = subprocess.Popen(
             command,
@@ -192,12 +194,12 @@ def _setpriv() -> str | None:
     return path if b"--pdeathsig" in helped.stdout else None
 
 
-def _dying_with_us(identity: Identity | None) -> list[str]:
+def _dying_with_us(identity: Identity | None, death_signal: signal.Signals) -> list[str]:
     """The prefix of the command: ``setpriv`` sets the parent-death signal and the identity, then execs."""
-    path = _setpriv()
+    path, option = _setpriv(), f"--pdeathsig={death_signal.name.removeprefix('SIG')}"
     if identity is not None and identity.uid != os.geteuid():
         if path is None:
             raise ToolError("setpriv of util-linux is missing", "install util-linux")
         user = [f"--reuid={identity.uid}", f"--regid={identity.gid}", "--clear-groups"]
-        return [path, "--pdeathsig=KILL", *user, "--"]
-    return [path, "--pdeathsig=KILL", "--"] if path else []
+        return [path, option, *user, "--"]
+    return [path, option, "--"] if path else []

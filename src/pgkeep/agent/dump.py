@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import datetime as dt
+import errno
 import os
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +20,7 @@ from pgkeep.agent.handover import Staged
 from pgkeep.domain.manifest import DatabaseFacts
 from pgkeep.domain.names import Tier
 from pgkeep.domain.request import Request
-from pgkeep.errors import DatabaseError
+from pgkeep.errors import DatabaseError, PgkeepError
 from pgkeep.progress import Progress
 
 POLL_SECONDS = 0.01
@@ -27,13 +29,23 @@ RETRY_PAUSE_SECONDS = 2.0
 PLAIN_SPOOL_SHARE = 0.7
 # pg_dump's messages, under LC_MESSAGES=C, that another try may cure.
 _LOST_LOCK = "could not obtain lock on relation"
+# --lock-wait-timeout is a statement_timeout around LOCK TABLE, and is off for all other statements.
+_LOCK_TIMEOUT = "canceling statement due to statement timeout"
 _PASSING = (
     _LOST_LOCK,
     "canceling statement due to conflict with recovery",
-    "canceling statement due to lock timeout",
+    _LOCK_TIMEOUT,
+    # Dropped by another session after pg_dump had read the catalog.
+    '" does not exist',
     "could not open relation with OID",
     "cache lookup failed",
 )
+_REMEDIES = {
+    _LOCK_TIMEOUT: "another session held a table for longer than BACKUP_LOCK_TIMEOUT: see pg_locks",
+    "permission denied for large object": "only its owner and superusers may read it, unless the database has"
+    " lo_compat_privileges on",
+    "permission denied": "grant the role what it reads, e.g. pg_read_all_data",
+}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -193,14 +205,18 @@ def _run_pg_dump(raw: Path, compressor: Compressor, subject: _Subject, options: 
         command = _pg_dump_command(raw, subject, options)
         raw.mkdir(mode=0o700)
         with process.start(
-            command, environment=environment, descriptors=descriptors, stdout=process.DEVNULL
+            command,
+            environment=environment,
+            descriptors=descriptors,
+            stdout=process.DEVNULL,
+            death_signal=signal.SIGTERM,
         ) as running:
             progress.step("dump.pg_dump-started")
             for _ in _until_ended(running):
                 compressor.sweep()
                 progress.advance(compressor.taken_bytes, subject.server.data_bytes)
             if running.wait() != 0:
-                raise DatabaseError(_failure(running), "the server's log may say more")
+                raise _failure(running, raw)
 
 
 def _until_ended(running: process.Running) -> Iterator[None]:
@@ -209,10 +225,14 @@ def _until_ended(running: process.Running) -> Iterator[None]:
         time.sleep(POLL_SECONDS)
 
 
-def _failure(running: process.Running) -> str:
-    code = running.wait()
+def _failure(running: process.Running, raw: Path) -> PgkeepError:
+    code, words = running.wait(), running.messages()
+    # Only what pg_dump itself could not write: the server's own full disk comes with its word ERROR.
+    if any(os.strerror(errno.ENOSPC) in line and "ERROR:" not in line for line in words.splitlines()):
+        return durable.storage_error(OSError(errno.ENOSPC, ""), raw, "pg_dump's writing")
     how = f"was killed by signal {-code}" if code < 0 else f"failed (exit {code})"
-    return f"pg_dump {how}: {running.messages() or 'without a word'}"
+    hint = next((remedy for part, remedy in _REMEDIES.items() if part in words), "the server's log may say more")
+    return DatabaseError(f"pg_dump {how}: {words or 'without a word'}", hint)
 
 
 def _pg_dump_command(raw: Path, subject: _Subject, options: Options) -> list[str | Path]:

@@ -60,38 +60,36 @@ def main() -> NoReturn:
             signal.signal(number, _end)
     context = Context()
     try:
-        result = cli.main(standalone_mode=False, obj=context)
+        result = cli.main(prog_name="pgkeep", standalone_mode=False, obj=context)
         sys.stdout.flush()
         sys.exit(result if isinstance(result, int) else 0)
     except click.exceptions.Exit as error:
         sys.exit(error.exit_code)
-    except (KeyboardInterrupt, click.Abort):
-        _fail(context, "interrupted", "", INTERRUPTED)
-    except click.ClickException as error:
-        hint = ""
-        if isinstance(error, click.UsageError) and error.ctx is not None:
-            hint = f"see `{error.ctx.command_path} --help`"
-        _fail(context, error.format_message(), hint, error.exit_code)
-    except PgkeepError as error:
-        if context.debug:
-            raise
-        _fail(context, error.message, error.hint, error.exit_code)
     except BrokenPipeError:
         # Whoever read our output has left; nothing more can be said there.
         sys.stderr.close()
         sys.exit(1)
-    except Exception as error:
+    except (Exception, KeyboardInterrupt) as error:
         if context.debug:
             raise
         _fail(context, *_explained(error))
 
 
-def _explained(error: Exception) -> tuple[str, str, int]:
-    if isinstance(error, OSError) and error.errno is not None:
-        from pgkeep.adapters.durable import storage_error
+def _explained(error: BaseException) -> tuple[str, str, int]:
+    """Message, hint and exit code."""
+    match error:
+        case KeyboardInterrupt() | click.Abort():
+            return "interrupted", "", INTERRUPTED
+        case click.ClickException():
+            usage = isinstance(error, click.UsageError) and error.ctx
+            return error.format_message(), f"see `{usage.command_path} --help`" if usage else "", error.exit_code
+        case PgkeepError():
+            return error.message, error.hint, error.exit_code
+        case OSError(errno=int()):
+            from pgkeep.adapters.durable import storage_error
 
-        known = storage_error(error, str(error.filename or "a file"), "reading or writing")
-        return known.message, known.hint, known.exit_code
+            known = storage_error(error, str(error.filename or "a file"), "reading or writing")
+            return known.message, known.hint, known.exit_code
     return f"internal error: {type(error).__name__}: {error}", "run it again with --debug and report this", 1
 
 

