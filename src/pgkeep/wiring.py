@@ -19,7 +19,7 @@ from pgkeep.domain.request import Request
 from pgkeep.errors import NotFoundError, PgkeepError, StorageError
 from pgkeep.progress import Progress
 from pgkeep.vault import audit_log, expire, seal, store
-from pgkeep.vault.layout import Layout, Vault, open_vault, prepare_root
+from pgkeep.vault.layout import Layout, Vault, give_up_reserve, keep_reserve, open_vault, prepare_root
 
 _Dump = Callable[[handover.Staged], Request]
 
@@ -100,19 +100,26 @@ class Services:
         return self.layout.active / backup.path_in_vault, backup
 
     @contextlib.contextmanager
-    def vault(self, progress: Progress, wait_seconds: float) -> Iterator[Vault]:
+    def vault(self, progress: Progress, wait_seconds: float, *, to_make_room: bool = False) -> Iterator[Vault]:
         """The vault, ours alone until the end of the block, recovered from whatever happened before.
 
+        ``to_make_room``: a full disk must not stand in the way; the reserve is there for this.
         Raises ``BusyError`` after ``wait_seconds``, ``ProtectionError``, ``StorageError``, ``RefusedError``.
         """
         prepare_root(self.layout)
         with lock.locked(self.layout.lock, wait_seconds, lambda holder: progress.note(f"waiting for {holder}")):
             with durable.explain(self.layout.root, "opening the vault"):
+                if to_make_room:
+                    give_up_reserve(self.layout)
                 vault = open_vault(self.layout, self.settings.storage.protection)
                 if vault.warning:
                     progress.warn(vault.warning)
                 store.recover(vault, progress)
+            if not to_make_room:
+                self._keep_reserve(progress)
             yield vault
+            if to_make_room:
+                self._keep_reserve(progress)
 
     def backup(self, tier: Tier, progress: Progress, wait_seconds: float) -> Run:
         """Dump and seal every configured database, then the globals, then expire. Raises where nothing can begin.
@@ -143,10 +150,14 @@ class Services:
     def cleanup(self, progress: Progress, wait_seconds: float) -> list[retention.Decision]:
         """Carry :meth:`plan_cleanup` out."""
         self.catalog()
-        with self.vault(progress, wait_seconds) as vault:
+        with self.vault(progress, wait_seconds, to_make_room=True) as vault:
             decisions = self.plan_cleanup()
             expire.carry_out(vault, decisions, progress)
         return decisions
+
+    def _keep_reserve(self, progress: Progress) -> None:
+        if not keep_reserve(self.layout):
+            progress.warn(f"the disk is so full that nothing is in reserve for `pgkeep cleanup`: {self.layout.active}")
 
     def _rules(self, *, named_by_database: bool) -> seal.Rules:
         return seal.Rules(self.policy, self.settings.storage.reserve_bytes, named_by_database=named_by_database)

@@ -24,6 +24,8 @@ PROJECT = Path(__file__).parents[2]
 DRIVER = Path(__file__).with_name("driver.py")
 RUN_SECONDS = 60.0
 WITHOUT_CAPABILITY = ("setpriv", "--bounding-set=-linux_immutable", "--inh-caps=-linux_immutable")
+# What lies in active/.incoming/ when nothing is under way.
+RESERVE = [".pgkeep-reserve"]
 
 TABLES = """
     CREATE SCHEMA shop;
@@ -146,7 +148,7 @@ class Machine:
         """Nothing half, nothing left: staging, incoming and journal are empty, and every directory is closed."""
         active = self.layout.active
         assert names_in(self.layout.staging) == []
-        assert names_in(self.layout.incoming) == []
+        assert names_in(self.layout.incoming) == RESERVE
         assert names_in(self.layout.journal) == []
         assert names_in(self.layout.quarantine) == []
         assert names_in(active) == sorted((".incoming", ".quarantine", "vault.json", *SEALED_DIRECTORIES))

@@ -11,10 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from pgkeep.vault.layout import Layout
 from tests import clusters
 from tests.clusters import FilesystemKind, LoopFilesystem, NewDatabase
-from tests.faults.machine import WITHOUT_CAPABILITY, Machine, Result, flags_of, is_flagged, names_in
+from tests.faults.machine import RESERVE, WITHOUT_CAPABILITY, Machine, Result, flags_of, is_flagged, names_in
 
 MIB = 1 << 20
 ROOM = "make room on it"
@@ -81,7 +80,7 @@ def test_a_full_disk_wherever_it_shows(
                 _assert_full(result, machine.root)
                 failed_at.add(left)
             assert names_in(machine.layout.staging) == []
-            assert names_in(machine.layout.incoming) == []
+            assert set(names_in(machine.layout.incoming)) <= set(RESERVE)
             machine.assert_whole()
             assert set(before) <= set(machine.identifiers())
             assert (len(machine.identifiers()) > len(before)) == (result.code == 0)
@@ -114,7 +113,7 @@ def test_staging_alone_is_full(scratch: Path, loop_filesystem: LoopFilesystem, w
     assert machine.events(machine.identifiers()[0]) == ["sealed"]
 
 
-@pytest.mark.parametrize("kind", ["ext4", "xfs", "btrfs"])
+@pytest.mark.parametrize("kind", ["ext4", "xfs"])
 def test_active_is_a_filesystem_of_its_own(
     scratch: Path, loop_filesystem: LoopFilesystem, wide_database: clusters.Database, kind: FilesystemKind
 ) -> None:
@@ -137,7 +136,7 @@ def test_active_is_a_filesystem_of_its_own(
         machine.backup()
         machine.assert_whole()
         assert is_flagged(machine.layout.active)
-        assert names_in(machine.layout.incoming) == []
+        assert names_in(machine.layout.incoming) == RESERVE
         assert names_in(machine.layout.journal) == []
     finally:
         subprocess.run(["umount", machine.layout.active], check=True)
@@ -235,19 +234,19 @@ def test_every_kind_of_filesystem(
     assert target.value("SELECT count(*) FROM shop.orders") == 2000
     machine.backup("hourly", days_ago=5)
     shown = machine.run("cleanup", "--json").must().json
-    assert [each["path"].split("/")[0] for each in shown if not each["keep"]].count("hourly") == 1
+    assert [Path(each["path"]).parent.name for each in shown if not each["keep"]].count("hourly") == 1
     assert names_in(machine.layout.active / "hourly") == []
     machine.assert_whole()
     if PROMISES[kind] == "chattr":
         machine.assert_at_rest()
         for suffix in ("", ".sha256", ".manifest.json"):
-            assert _survivors(machine.layout.active / (result.json["path"] + suffix)) == []
+            assert _survivors(Path(result.json["path"] + suffix)) == []
     assert machine.run("backup", action="kill", at="seal.linked.manifest.json").code == -9
     assert machine.run("backup", action="kill", at="seal.linked-dump").code == -9
     machine.backup()
     machine.assert_whole()
     assert names_in(machine.layout.journal) == []
-    assert names_in(machine.layout.incoming) == []
+    assert names_in(machine.layout.incoming) == RESERVE
     assert names_in(machine.layout.quarantine) == []
 
 
@@ -263,7 +262,7 @@ def test_mode_is_what_it_says(machine: Machine) -> None:
     for directory in (machine.layout.active, machine.layout.active / "manual"):
         assert directory.stat().st_mode & 0o777 == 0o555
         assert "i" not in flags_of(directory)
-    dump = machine.layout.active / result.json["path"]
+    dump = Path(result.json["path"])
     dump.chmod(0o660)
     shown = machine.run("list", "--json").must(7)
     assert "has become writable" in shown.stderr
@@ -299,26 +298,3 @@ def test_root_without_the_capability(machine: Machine) -> None:
         assert "cap_add" in machine.run("backup", under=WITHOUT_CAPABILITY, environment=environment).must(6).stderr
     assert len(machine.identifiers()) == 2
     machine.assert_at_rest(chattr=False)
-
-
-def test_as_an_ordinary_user(scratch: Path, database: clusters.Database) -> None:
-    """Without any right: modes are all there is, and that is what is said."""
-    clusters.need_root("becoming an ordinary user")
-    home = scratch / "home"
-    home.mkdir()
-    os.chown(home, 65534, 65534)
-    machine = Machine(home / "root", database)
-    under = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "--inh-caps=-all", "--bounding-set=-all")
-    if subprocess.run([*under, "test", "-x", os.path.realpath("/proc/self/exe")]).returncode:
-        clusters.skip("needs a Python that an ordinary user may run", could_run_here=False)
-    reachable = subprocess.run([*under, "test", "-w", database.cluster.socket_directory]).returncode == 0
-    result = machine.run("backup", under=under)
-    if not reachable:
-        result.must(4)
-        return
-    assert "read-only, not immutable" in result.must().stderr
-
-
-def test_an_old_layout_is_not_opened_twice(machine: Machine) -> None:
-    assert not Layout(machine.root).exists
-    assert "there is no vault" in machine.run("list").must(10).stderr

@@ -73,6 +73,11 @@ def storage_error(error: OSError, path: Path | str, doing: str) -> StorageError:
     return StorageError(f"{doing} failed at {path}: {cause}{space}", hint)
 
 
+def is_full(error: StorageError) -> bool:
+    """Is it for want of space (or of quota)?"""
+    return isinstance(error.__cause__, OSError) and error.__cause__.errno in _FULL
+
+
 def _space_left(path: Path) -> str:
     for place in (path, *path.parents):
         try:

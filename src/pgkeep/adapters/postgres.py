@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     import psycopg
 
 _SOCKET_DIRECTORIES = ("/var/run/postgresql", "/tmp")  # noqa: S108 - where servers listen by default
-# libpq's names of the environment that could hand a password on to a child.
-_SECRET_VARIABLES = ("PGPASSWORD", "DB_PASSWORD")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -82,9 +80,8 @@ class Target:
 @contextlib.contextmanager
 def tool_access(target: Target) -> Iterator[tuple[dict[str, str], tuple[int, ...]]]:
     """Environment and descriptors that let a PostgreSQL tool log in. Raises ``ConfigurationError``."""
-    environment = dict.fromkeys(_SECRET_VARIABLES, "")
     if target.password is None:
-        yield environment, ()
+        yield {}, ()
         return
     if "\n" in target.password or "\0" in target.password:
         raise ConfigurationError("the database password holds a line break", "a passfile can't carry it; change it")
@@ -93,7 +90,7 @@ def tool_access(target: Target) -> Iterator[tuple[dict[str, str], tuple[int, ...
     try:
         os.fchmod(descriptor, 0o600)
         os.write(descriptor, f"*:*:*:*:{escaped}\n".encode())
-        yield {**environment, "PGPASSFILE": f"/proc/self/fd/{descriptor}"}, (descriptor,)
+        yield {"PGPASSFILE": f"/proc/self/fd/{descriptor}"}, (descriptor,)
     finally:
         os.close(descriptor)
 
@@ -118,6 +115,8 @@ def connect(target: Target, *, timeout_seconds: int = 10) -> Iterator[psycopg.Co
             password=target.password,
             autocommit=True,
             connect_timeout=timeout_seconds,
+            # Else psycopg takes the database's own, and gives bytes for text where that is SQL_ASCII.
+            client_encoding="UTF8",
             application_name="pgkeep",
         )
     except psycopg.Error as error:

@@ -25,6 +25,11 @@ MESSAGE_LIMIT_BYTES = 64 * 1024
 TERMINATE_GRACE_SECONDS = 5.0
 
 
+_MESSAGES_IN_ENGLISH = {"LC_ALL": "C.UTF-8", "LC_MESSAGES": "C", "LANGUAGE": ""}
+# Given to a program on purpose or not at all: its environment can be read in /proc.
+_SECRET_VARIABLES = frozenset({"PGPASSWORD", "DB_PASSWORD"})
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Identity:
     """The user and group that a child runs as, without supplementary groups."""
@@ -137,7 +142,7 @@ def start(
             stdin=stdin,
             stdout=stdout,
             stderr=messages,
-            env={**os.environ, "LC_ALL": "C.UTF-8", "LC_MESSAGES": "C", "LANGUAGE": "", **(environment or {})},
+            env={**_inherited(), **_MESSAGES_IN_ENGLISH, **(environment or {})},
             cwd=directory,
             start_new_session=True,
             pass_fds=descriptors,
@@ -183,6 +188,10 @@ def run(
 
 PIPE = subprocess.PIPE
 DEVNULL = subprocess.DEVNULL
+
+
+def _inherited() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if name not in _SECRET_VARIABLES}
 
 
 @functools.cache

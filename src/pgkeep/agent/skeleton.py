@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import secrets
+import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO
@@ -37,12 +38,12 @@ class Shadow:
     """The directory that pg_restore reads, and what tells its markers apart."""
 
     def __init__(self, directory: Path, toc: Path, data_files: Iterable[str]) -> None:
-        """Make it: ``toc`` is hard-linked, ``data_files`` are the tables' (``NNNN.dat``)."""
+        """Make it: ``toc`` is copied (exFAT has no links), ``data_files`` are the tables' (``NNNN.dat``)."""
         self.directory = directory
         self._token = secrets.token_hex(16).encode("ascii")
         self._files: list[str] = []
         directory.mkdir(mode=0o700)
-        (directory / "toc.dat").hardlink_to(toc)
+        shutil.copyfile(toc, directory / "toc.dat")
         for name in data_files:
             (directory / name).write_bytes(self._marker(name) + b"\n")
 

@@ -15,11 +15,12 @@ import msgspec
 from pgkeep.adapters import durable, fsflags, protection
 from pgkeep.domain.manifest import Protection
 from pgkeep.domain.names import GLOBALS_DIRECTORY, Tier
-from pgkeep.errors import FormatError, ProtectionError, RefusedError
+from pgkeep.errors import FormatError, ProtectionError, RefusedError, StorageError
 
 FORMAT = 1
 IDENTITY_NAME = "vault.json"
 SEALED_DIRECTORIES = (*(tier.value for tier in Tier), GLOBALS_DIRECTORY)
+RESERVE_BYTES = 1024 * 1024
 _OPEN_MODE = 0o755
 _CLOSED_MODE = 0o555
 
@@ -49,6 +50,10 @@ class Layout:
     @property
     def incoming(self) -> Path:
         return self.active / ".incoming"
+
+    @property
+    def reserve(self) -> Path:
+        return self.incoming / ".pgkeep-reserve"
 
     @property
     def quarantine(self) -> Path:
@@ -159,6 +164,30 @@ def open_vault(layout: Layout, wanted: protection.Wanted) -> Vault:
         durable.write_atomically(layout.active, IDENTITY_NAME, msgspec.json.encode(identity) + b"\n", 0o444)
         vault.close_directories()
     return vault
+
+
+def keep_reserve(layout: Layout) -> bool:
+    """Hold a little room back: removing what has expired needs some, to write down what it does.
+
+    False where there is no room to hold. Raises ``StorageError``.
+    """
+    if layout.reserve.exists() and layout.reserve.stat().st_size == RESERVE_BYTES:
+        return True
+    try:
+        with durable.explain(layout.reserve, "holding room in reserve"):
+            layout.reserve.write_bytes(b"\0" * RESERVE_BYTES)
+    except StorageError as error:
+        layout.reserve.unlink(missing_ok=True)
+        if durable.is_full(error):
+            return False
+        raise
+    return True
+
+
+def give_up_reserve(layout: Layout) -> None:
+    """Raises ``StorageError``."""
+    with durable.explain(layout.reserve, "giving up the room in reserve"):
+        layout.reserve.unlink(missing_ok=True)
 
 
 def read_identity(layout: Layout) -> Identity:
