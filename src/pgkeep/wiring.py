@@ -112,8 +112,8 @@ class Services:
                 if to_make_room:
                     give_up_reserve(self.layout)
                 vault = open_vault(self.layout, self.settings.storage.protection)
-                if vault.warning:
-                    progress.warn(vault.warning)
+                for warning in filter(None, (vault.warning, audit_log.weakness(vault))):
+                    progress.warn(warning)
                 store.recover(vault, progress)
             if not to_make_room:
                 self._keep_reserve(progress)

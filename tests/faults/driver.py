@@ -13,7 +13,6 @@ import functools
 import json
 import os
 import signal
-import sys
 import time
 import types
 from collections.abc import Callable
@@ -33,7 +32,10 @@ ADVANCE = "advance"
 # And every call that changes something on the disk: just after it returned.
 CALL = "call"
 _CHANGING: tuple[tuple[types.ModuleType, str], ...] = (
-    *((os, name) for name in ("mkdir", "open", "write", "rename", "link", "unlink", "rmdir", "chmod", "fchmod", "fsync")),
+    *(
+        (os, name)
+        for name in ("mkdir", "open", "write", "rename", "link", "unlink", "rmdir", "chmod", "fchmod", "fsync")
+    ),
     (fcntl, "ioctl"),
 )
 
@@ -63,7 +65,7 @@ def inject(plan: Plan) -> None:
             _act(plan)
 
     # The listener of the command line: nothing of what works is replaced.
-    render._Log.step = step  # type: ignore[method-assign]
+    render._Log.step = step  # type: ignore[assignment, method-assign]
     render._Log.advance = lambda self, *sizes: step(self, ADVANCE)  # type: ignore[method-assign]
     if plan.at == CALL:
         for module, name in _CHANGING:
@@ -71,7 +73,7 @@ def inject(plan: Plan) -> None:
     if plan.days_ago:
         _turn_clock_back(plan.days_ago)
     if plan.without_embedded:
-        pgbinaries.EMBEDDED_DIRECTORIES = ()
+        pgbinaries.EMBEDDED_DIRECTORIES = ()  # type: ignore[assignment]
 
 
 def _told_of(call: Callable[..., Any], tell: Callable[[], None]) -> Callable[..., Any]:

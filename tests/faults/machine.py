@@ -153,7 +153,9 @@ class Machine:
         assert names_in(self.layout.quarantine) == []
         assert names_in(active) == sorted((".incoming", ".quarantine", "vault.json", *SEALED_DIRECTORIES))
         expected = {
-            f"{backup.path_in_vault}{suffix}" for backup in self.backups() for suffix in ("", ".sha256", ".manifest.json")
+            f"{backup.path_in_vault}{suffix}"
+            for backup in self.backups()
+            for suffix in ("", ".sha256", ".manifest.json")
         }
         found = {f"{name}/{entry}" for name in SEALED_DIRECTORIES for entry in names_in(active / name)}
         assert found == expected

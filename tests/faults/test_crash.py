@@ -123,7 +123,9 @@ def test_killed_at_the_globals(scratch: Path, database: clusters.Database, step:
     """The database's backup before them is sealed and stays."""
     machine = Machine(scratch / "root", database, BACKUP_GLOBALS="auto")
     assert machine.run("backup", action="kill", at=step, nth=1 if step.startswith("dump") else 2).code == -9
-    assert [backup.directory for backup in machine.backups()] == (["globals", "manual"] if step == COMMIT else ["manual"])
+    assert [backup.directory for backup in machine.backups()] == (
+        ["globals", "manual"] if step == COMMIT else ["manual"]
+    )
     machine.backup()
     machine.assert_at_rest()
     machine.assert_whole()
@@ -186,7 +188,9 @@ def test_an_error_at_every_step(machine: Machine, backup_steps: list[str], actio
 
 
 @pytest.mark.parametrize("action", ["kill", "term", "full"])
-def test_cut_off_while_it_expires(scratch: Path, database: clusters.Database, expiry_steps: list[str], action: str) -> None:
+def test_cut_off_while_it_expires(
+    scratch: Path, database: clusters.Database, expiry_steps: list[str], action: str
+) -> None:
     machine = Machine(scratch / "root", database, **EXPIRY)
     machine.backup()
     kept = set(machine.identifiers())

@@ -95,7 +95,9 @@ def test_strangers_are_put_aside(machine: Machine) -> None:
     assert not any("\x1b" in line or "\udcff" in line for line in result.stderr.splitlines())
     moved = sorted(machine.layout.quarantine.iterdir())
     assert len(moved) == 9
-    texts = {path.read_text() for path in moved if path.is_file() and not path.is_symlink() and path.stat().st_size < 50}
+    texts = {
+        path.read_text() for path in moved if path.is_file() and not path.is_symlink() and path.stat().st_size < 50
+    }
     assert texts == {"keep me", "a long name", "bytes", "newline", "flagged"}
     assert [path.readlink() for path in moved if path.is_symlink()] == [Path("/etc/passwd")]
     assert [record["event"] for record in machine.audit()].count("quarantined") == 9

@@ -16,7 +16,7 @@ import pytest
 from pgkeep.adapters import pgbinaries
 from pgkeep.adapters.scratch_cluster import ScratchCluster
 from tests import clusters
-from tests.faults.machine import TABLES, Machine, finish, names_in, paused, processes_of, wait_for
+from tests.faults.machine import TABLES, Machine, finish, names_in, processes_of, wait_for
 
 DUMPING = "dump.pg_dump-started"
 RACING = {"BACKUP_JOBS": "2", "BACKUP_LOCK_TIMEOUT": "20"}
@@ -66,7 +66,9 @@ def test_ended_in_the_middle_of_a_table(own_machine: Machine, number: signal.Sig
     """pg_dump and its workers end with us: an orphan would go on for hours, holding space and a snapshot."""
     own_machine.backup()
     database = own_machine.database
-    database.execute("CREATE TABLE shop.large AS SELECT n, repeat(md5(n::text), 30) AS t FROM generate_series(1, 90000) AS n")
+    database.execute(
+        "CREATE TABLE shop.large AS SELECT n, repeat(md5(n::text), 30) AS t FROM generate_series(1, 90000) AS n"
+    )
     stopped: list[int] = []
     running = own_machine.start("backup", "daily")
     try:

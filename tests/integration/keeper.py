@@ -83,7 +83,7 @@ class Keeper:
 
     def file(self, backup: Mapping[str, Any]) -> Path:
         """Where a backup lies that ``backup --json`` or ``list --json`` shows."""
-        return self.root / "active" / backup["path"]
+        return self.root / "active" / str(backup["path"])
 
     def restore(self, reference: str | Path, target: str, *arguments: str) -> Any:
         """Restore; the JSON document."""

@@ -49,14 +49,14 @@ def regression() -> Iterator[Database]:
                 list(threads.map(lambda name: _run(name, tests, libraries, directory, database), group))
         # A setup that went wrong (a library that does not load) would leave little, and prove little.
         assert database.value("SELECT count(*) FROM pg_class WHERE oid >= 16384") > 1400
-        assert database.value("SELECT count(*) FROM pg_proc WHERE probin = '%s/regress.so'" % libraries) > 20
+        assert database.value(f"SELECT count(*) FROM pg_proc WHERE probin = '{libraries}/regress.so'") > 20
         yield database
 
 
 def _libraries(tests: Path, cluster: ScratchCluster, directory: Path) -> Path:
     """regress.so, built, and what the tests load of contrib."""
     include = os.environ.get(INCLUDE_VARIABLE, f"/usr/include/postgresql/{MAJOR}/server")
-    compiler = ["gcc", "-shared", "-fPIC", "-O1", f"-I{include}", "-o", directory / "regress.so"]
+    compiler: list[str | Path] = ["gcc", "-shared", "-fPIC", "-O1", f"-I{include}", "-o", directory / "regress.so"]
     built = process.run([*compiler, tests / "regress.c"])
     assert built.return_code == 0, built.stderr
     installed = process.run([cluster.installation.tool("pg_config"), "--pkglibdir"])
@@ -85,7 +85,7 @@ def _run(name: str, tests: Path, libraries: Path, directory: Path, database: Dat
         "PGDATESTYLE": "Postgres, MDY",
         "PGOPTIONS": "-c intervalstyle=postgres_verbose",
     }
-    command = [database.cluster.installation.tool("psql"), "-X", "-q", "-d", database.conninfo, "-o", "/dev/null"]
+    command: list[str | Path] = [database.cluster.installation.tool("psql"), "-X", "-q", "-d", database.conninfo, "-o", "/dev/null"]
     done = process.run(
         [*command, "-v", "HIDE_TABLEAM=on", "-v", "HIDE_TOAST_COMPRESSION=on"],
         environment=environment,

@@ -466,7 +466,7 @@ def test_settings_that_matter_to_the_restore_itself(
         source.execute('CREATE SCHEMA "My, ""Schema"; CREATE TABLE t AS SELECT n FROM generate_series(1, 100) AS n')
         for setting in (
             'search_path TO "My, ""Schema", public, "$user"',
-            "statement_timeout TO '1ms'",
+            "statement_timeout TO '300ms'",
             "default_transaction_read_only TO on",
             "temp_tablespaces TO ''",
             "\"my.app\" TO 'it''s \\ \"quoted\" ünï'",
@@ -478,11 +478,24 @@ def test_settings_that_matter_to_the_restore_itself(
         target = stack.enter_context(keeper.fresh_name(cluster15))
         answer = kept.restore(kept.backup(), target.conninfo, "--create")
         assert answer["notes"] == []
-        query = "SELECT setrole::regrole, ARRAY(SELECT unnest(setconfig) ORDER BY 1) FROM pg_db_role_setting s JOIN pg_database d"
-        query += " ON d.oid = setdatabase WHERE datname = '{}' ORDER BY 1"
+        query = "SELECT setrole::regrole, ARRAY(SELECT unnest(setconfig) ORDER BY 1) FROM pg_db_role_setting"
+        query += " JOIN pg_database AS d ON d.oid = setdatabase WHERE datname = '{}' ORDER BY 1"
         restored, recorded = (_rows(postgres, query.format(name)) for name in (target.name, source.name))
         assert restored == recorded
         assert len(recorded) == 2
+
+
+def test_the_target_s_own_time_limit_is_not_ours(new_database: NewDatabase, cluster15: ScratchCluster) -> None:
+    """ANALYZE computes an index's expression, which takes its time here."""
+    source, target = new_database(cluster15), new_database(cluster15)
+    source.execute(
+        "CREATE FUNCTION slow(n int) RETURNS int IMMUTABLE LANGUAGE plpgsql AS"
+        " 'BEGIN PERFORM pg_catalog.pg_sleep(0.6); RETURN n; END';"
+        "CREATE TABLE t AS SELECT 1 AS n; CREATE INDEX ON t (slow(n))"
+    )
+    Database(cluster15, "postgres").execute(f"ALTER DATABASE {target.name} SET statement_timeout TO '300ms'")
+    with keeper.keeping(cluster15, source.name) as kept:
+        assert kept.restore(kept.backup(), target.conninfo)["rows"] == 1
 
 
 def _rows(database: Database, query: str) -> list[str]:

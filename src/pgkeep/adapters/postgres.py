@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     import psycopg
 
 _SOCKET_DIRECTORIES = ("/var/run/postgresql", "/tmp")  # noqa: S108 - where servers listen by default
+_ESCAPED_BYTE = re.compile(rb"\\x([89a-f][0-9a-f])")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -176,6 +178,22 @@ def read_facts(connection: psycopg.Connection[Any], major: int) -> DatabaseFacts
         settings=_settings(connection),
         extensions=tuple(connection.execute("SELECT extname, extversion FROM pg_extension ORDER BY 1").fetchall()),
     )
+
+
+def accept_any_bytes(connection: psycopg.Connection[Any]) -> bool:
+    """Whether the database has no encoding (SQL_ASCII); from here on the session then takes names of any bytes."""
+    if connection.info.parameter_status("server_encoding") != "SQL_ASCII":
+        return False
+    connection.execute("SET client_encoding = 'SQL_ASCII'")
+    return True
+
+
+def quoted_name(schema: str, name: str, *, any_bytes: bool) -> bytes:
+    r"""A qualified name in SQL. ``any_bytes``: what stands as ``\xNN`` in it was no UTF-8 when it was read."""
+    parts = [b'"' + part.encode().replace(b'"', b'""') + b'"' for part in (schema, name)]
+    if any_bytes:
+        parts = [_ESCAPED_BYTE.sub(lambda match: bytes.fromhex(match[1].decode()), part) for part in parts]
+    return b".".join(parts)
 
 
 def list_databases(connection: psycopg.Connection[Any]) -> list[str]:

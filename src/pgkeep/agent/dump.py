@@ -45,6 +45,7 @@ _REMEDIES = {
     "permission denied for large object": "only its owner and superusers may read it, unless the database has"
     " lo_compat_privileges on",
     "permission denied": "grant the role what it reads, e.g. pg_read_all_data",
+    "row-level security policy": "give the role BYPASSRLS: with policies in force a dump would have holes",
 }
 
 
@@ -114,7 +115,9 @@ def dump_globals(staged: Staged, target: postgres.Target, tier: Tier, options: O
     with postgres.connect(target, timeout_seconds=options.connect_timeout_seconds) as connection:
         server = postgres.inspect_server(connection)
         pg_dumpall = pgbinaries.choose("pg_dumpall", server.major)
-        arguments = ["--globals-only", f"--lock-wait-timeout={options.lock_timeout_seconds}s"]
+        # From --dbname pg_dumpall takes all but the name: it would connect to "postgres", where we may have no right.
+        database = postgres.Target((("dbname", server.database),)).conninfo
+        arguments = ["--globals-only", f"--database={database}", f"--lock-wait-timeout={options.lock_timeout_seconds}s"]
         if not postgres.may_read_passwords(connection):
             arguments.append("--no-role-passwords")
             notes.append("roles are without their passwords: the backup's role may not read pg_authid")

@@ -68,5 +68,8 @@ def sweep(staging: Path) -> Iterator[str]:
     for path in sorted(staging.iterdir()):
         stem, dot, suffix = path.name.rpartition(".")
         if names.is_identifier(stem) and dot + suffix in (PARTIAL_SUFFIX, READY_SUFFIX) and path.is_dir():
-            shutil.rmtree(path)
+            if path.is_symlink():
+                path.unlink()
+            else:
+                shutil.rmtree(path)
             yield path.name

@@ -10,7 +10,7 @@ import re
 import signal
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from pgkeep.adapters import durable, pgbinaries, postgres, process
@@ -18,7 +18,7 @@ from pgkeep.adapters.artifact_reader import ArtifactReader, LocalFile
 from pgkeep.domain import loading
 from pgkeep.domain import selection as selections
 from pgkeep.domain import toc as tocs
-from pgkeep.domain.artifact import Part, TablePart, codec
+from pgkeep.domain.artifact import LargeObjectsPart, Part, TablePart, codec
 from pgkeep.domain.contents import disagreements
 from pgkeep.domain.manifest import DatabaseFacts
 from pgkeep.domain.selection import Selection
@@ -96,9 +96,13 @@ def restore(
     reader = ArtifactReader(file)
     with tempfile.TemporaryDirectory(prefix="restore-", dir=scratch) as directory, contextlib.ExitStack() as undo:
         plan = _prepare(reader, target, facts, options, progress, undo)
+
+        def wanted(part: Part) -> bool:
+            return not options.schema_only and plan.wants(part)
+
         with _timed(seconds, "rebuild"):
-            _require_space(scratch, reader)
-            rebuild(reader, file, Path(directory), lambda part: not options.schema_only and plan.wants(part))
+            _require_space(scratch, filter(wanted, reader.index.parts))
+            rebuild(reader, file, Path(directory), wanted)
         progress.step("restore.rebuilt")
         undo.pop_all()
         with _timed(seconds, "load"):
@@ -173,7 +177,8 @@ def _prepare(
         targets.require_empty(target)
     selection = _select(toc, target, options)
     _require_roles(target, toc, selection, options)
-    return _Plan(toc, pg_restore, server, selection)
+    chosen_data = frozenset(selection.data_dump_ids if selection else ())
+    return _Plan(toc, pg_restore, server, selection, chosen_data)
 
 
 _NO_FACTS_HINT = "create the database yourself, then restore without --create"
@@ -221,10 +226,9 @@ def _left_out(plan: _Plan) -> Iterator[str]:
         yield f"{each.partition} is no partition of {each.parent} now; to attach it: {each.statement}"
 
 
-def _require_space(scratch: Path, reader: ArtifactReader) -> None:
-    needed_bytes = sum(
-        part.raw_bytes if part in reader.index.large_objects else part.length for part in reader.index.parts
-    )
+def _require_space(scratch: Path, parts: Iterable[Part]) -> None:
+    """Tables are copied as they are; large objects become files of their own."""
+    needed_bytes = sum(part.raw_bytes if isinstance(part, LargeObjectsPart) else part.length for part in parts)
     if durable.free_bytes(scratch) < needed_bytes:
         raise RefusedError(
             f"rebuilding the archive takes {needed_bytes} bytes; {scratch} has {durable.free_bytes(scratch)} free",

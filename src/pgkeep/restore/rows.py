@@ -73,16 +73,16 @@ def check(target: postgres.Target, expected: Sequence[Expectation], jobs: int) -
 
 
 def _differing(target: postgres.Target, group: Sequence[Expectation]) -> list[str]:
-    from psycopg import sql
-
     texts = []
     with postgres.connect(target) as connection:
         # A policy that hides rows would make the count a lie; this turns it into an error.
         connection.execute("SET row_security = off")
+        any_bytes = postgres.accept_any_bytes(connection)
         for expected in group:
-            scope = sql.SQL("" if expected.with_partitions else "ONLY ")
-            name = sql.Identifier(expected.table.schema or "public", expected.table.name)
-            row = connection.execute(sql.SQL("SELECT count(*) FROM {}{}").format(scope, name)).fetchone()
+            scope = b"" if expected.with_partitions else b"ONLY "
+            table = expected.table
+            name = postgres.quoted_name(table.schema or "public", table.name, any_bytes=any_bytes)
+            row = connection.execute(b"SELECT count(*) FROM " + scope + name).fetchone()
             rows = int(row[0]) if row else 0
             if rows < expected.rows if expected.at_least else rows != expected.rows:
                 texts.append(f"{expected.table} has {rows} rows, the backup {expected.rows}")

@@ -145,17 +145,20 @@ def list_members(value: str) -> list[str]:
 
 def analyze(target: postgres.Target, tables: Sequence[TableName] | None, jobs: int) -> None:
     """Gather the planner's statistics of the named tables, or of all; ``jobs`` tables at a time."""
-    from psycopg import sql
-
     if tables is None:
         with postgres.connect(target) as connection:
+            if postgres.accept_any_bytes(connection):
+                # The names that a list would hold may be no text at all.
+                connection.execute("ANALYZE")
+                return
             tables = [TableName(schema, name) for schema, name in connection.execute(_ANALYZED)]
 
     def analyze_some(some: Sequence[TableName]) -> None:
         with postgres.connect(target) as connection:
+            any_bytes = postgres.accept_any_bytes(connection)
             for table in some:
-                name = sql.Identifier(table.schema or "public", table.name)
-                connection.execute(sql.SQL("ANALYZE {}").format(name))
+                name = postgres.quoted_name(table.schema or "public", table.name, any_bytes=any_bytes)
+                connection.execute(b"ANALYZE " + name)
 
     jobs = max(1, min(jobs, len(tables)))
     with concurrent.futures.ThreadPoolExecutor(jobs) as threads:

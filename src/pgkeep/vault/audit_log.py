@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
 import os
 from typing import Any
@@ -24,12 +25,25 @@ def record(vault: Vault, event: str, **details: Any) -> None:
         flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
         descriptor = os.open(path, flags, 0o644)
         try:
-            if vault.protection == "chattr" and not fsflags.has_flag(descriptor, fsflags.APPEND):
-                fsflags.set_flag(descriptor, fsflags.APPEND, True)
+            if vault.protection == "chattr":
+                # Where logs/ is on a filesystem without flags, :func:`weakness` has said so.
+                with contextlib.suppress(fsflags.UnsupportedFlagsError):
+                    fsflags.set_flag(descriptor, fsflags.APPEND, True)
             durable.write_all(descriptor, _after_torn_line(descriptor) + line)
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def weakness(vault: Vault) -> str:
+    """Why the log is less protected than the backups; empty if it is not. Raises ``StorageError``."""
+    with durable.explain(vault.layout.logs, "looking at the logs' filesystem"):
+        try:
+            with fsflags.opened(vault.layout.logs) as directory:
+                fsflags.get_flags(directory)
+        except fsflags.UnsupportedFlagsError as error:
+            return f"the audit log can't be made append-only: {error.message}" if vault.protection == "chattr" else ""
+    return ""
 
 
 def holds(vault: Vault, event: str, identifier: str) -> bool:

@@ -9,7 +9,9 @@ from typing import Literal
 import msgspec
 
 from pgkeep.adapters import durable
+from pgkeep.domain import names
 from pgkeep.errors import FormatError
+from pgkeep.vault.layout import SEALED_DIRECTORIES
 
 _SUFFIX = ".json"
 
@@ -41,8 +43,16 @@ def pending(journal: Path) -> Iterator[Entry]:
     """What a crash left, oldest first. Raises ``FormatError``."""
     for path in sorted(journal.glob("*" + _SUFFIX)):
         try:
-            yield msgspec.json.decode(path.read_bytes(), type=Entry)
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+            yield _checked(msgspec.json.decode(path.read_bytes(), type=Entry))
+        except (msgspec.MsgspecError, ValueError, RecursionError) as error:
             raise FormatError(
                 f"the journal {path} is unreadable: {error}", "report this; nothing was changed"
             ) from error
+
+
+def _checked(entry: Entry) -> Entry:
+    """On its word files are removed: it may speak of one backup's files in a directory for backups only."""
+    allowed = {entry.filename + suffix for suffix in ("", *names.SIDECAR_SUFFIXES)}
+    if entry.directory not in SEALED_DIRECTORIES or "/" in entry.filename or not entry.inodes.keys() <= allowed:
+        raise ValueError("it names something that is no backup's file")
+    return entry

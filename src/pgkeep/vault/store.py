@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import datetime as dt
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +18,9 @@ from pgkeep.errors import FormatError, NotFoundError, StorageError
 from pgkeep.progress import Progress
 from pgkeep.vault import audit_log, expire, journal, seal
 from pgkeep.vault.layout import SEALED_DIRECTORIES, Layout, Vault
+
+# NAME_MAX of every Linux filesystem.
+_NAME_BYTES = 255
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -117,9 +121,18 @@ def _strangers(directory: Path) -> list[str]:
 
 def _put_aside(vault: Vault, directory: Path, name: str) -> None:
     moment = dt.datetime.now(dt.UTC).strftime("%Y%m%dT%H%M%S.%fZ")
-    target = vault.layout.quarantine / f"{moment}-{directory.name}-{name}"[:255]
+    target = vault.layout.quarantine / os.fsdecode(os.fsencode(f"{moment}-{directory.name}-{name}")[:_NAME_BYTES])
     with durable.explain(directory / name, "moving it to quarantine"), vault.unlocked(directory):
-        if vault.protection == "chattr" and (directory / name).is_file() and not (directory / name).is_symlink():
-            fsflags.set_path_flag(directory / name, fsflags.IMMUTABLE, False)
+        if vault.protection == "chattr" and stat.S_IFMT(os.lstat(directory / name).st_mode) in (
+            stat.S_IFREG,
+            stat.S_IFDIR,
+        ):
+            for flag in (fsflags.IMMUTABLE, fsflags.APPEND):
+                fsflags.set_path_flag(directory / name, flag, False)
         (directory / name).rename(target)
-    audit_log.record(vault, "quarantined", path=f"{directory.name}/{name}", moved_to=target.name)
+    audit_log.record(vault, "quarantined", path=f"{directory.name}/{_utf8(name)}", moved_to=_utf8(target.name))
+
+
+def _utf8(name: str) -> str:
+    """A file name may hold any bytes; a record holds text."""
+    return name.encode(errors="backslashreplace").decode()
