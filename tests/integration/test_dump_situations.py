@@ -42,7 +42,10 @@ CREATE FUNCTION to_pair(text) RETURNS pair LANGUAGE sql IMMUTABLE AS 'SELECT ROW
 CREATE CAST (text AS pair) WITH FUNCTION to_pair(text);
 CREATE COLLATION french (provider = libc, locale = 'C');
 CREATE CONVERSION latin FOR 'LATIN1' TO 'UTF8' FROM iso8859_1_to_utf8;
-CREATE TRUSTED LANGUAGE speech HANDLER plpgsql_call_handler INLINE plpgsql_inline_handler VALIDATOR plpgsql_validator;
+CREATE FUNCTION speech_call() RETURNS language_handler LANGUAGE c AS '$libdir/plpgsql', 'plpgsql_call_handler';
+CREATE FUNCTION speech_inline(internal) RETURNS void LANGUAGE c AS '$libdir/plpgsql', 'plpgsql_inline_handler';
+CREATE FUNCTION speech_check(oid) RETURNS void LANGUAGE c AS '$libdir/plpgsql', 'plpgsql_validator';
+CREATE TRUSTED LANGUAGE speech HANDLER speech_call INLINE speech_inline VALIDATOR speech_check;
 CREATE FUNCTION speak() RETURNS integer LANGUAGE speech AS 'BEGIN RETURN 1; END';
 CREATE TRANSFORM FOR mood LANGUAGE sql (FROM SQL WITH FUNCTION prsd_lextype(internal));
 CREATE PROCEDURE proceed(INOUT x integer) LANGUAGE plpgsql AS 'BEGIN COMMIT; END';

@@ -85,7 +85,8 @@ def _run(name: str, tests: Path, libraries: Path, directory: Path, database: Dat
         "PGDATESTYLE": "Postgres, MDY",
         "PGOPTIONS": "-c intervalstyle=postgres_verbose",
     }
-    command: list[str | Path] = [database.cluster.installation.tool("psql"), "-X", "-q", "-d", database.conninfo, "-o", "/dev/null"]
+    psql = database.cluster.installation.tool("psql")
+    command: list[str | Path] = [psql, "-X", "-q", "-d", database.conninfo, "-o", "/dev/null"]
     done = process.run(
         [*command, "-v", "HIDE_TABLEAM=on", "-v", "HIDE_TOAST_COMPRESSION=on"],
         environment=environment,

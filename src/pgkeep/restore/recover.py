@@ -70,12 +70,13 @@ class _Plan:
     pg_restore: Path
     facts: targets.TargetFacts
     selection: Selection | None
+    chosen_data: frozenset[int]
 
     def wants(self, part: Part) -> bool:
         """Whether the part's data is restored."""
         if self.selection is None:
             return True
-        return isinstance(part, TablePart) and part.dump_id in self.selection.data_dump_ids
+        return isinstance(part, TablePart) and part.dump_id in self.chosen_data
 
 
 def restore(
