@@ -10,7 +10,7 @@ import psycopg
 import pytest
 
 from tests import clusters
-from tests.faults.machine import Machine, names_in, processes_of, wait_for
+from tests.faults.machine import Machine, is_flagged, names_in, processes_of, wait_for
 
 COMMIT = "seal.linked.manifest.json"
 EXPIRY = {"BACKUP_RETENTION_HOURLY_DAYS": "1", "BACKUP_RETENTION_KEEP_MINIMUM": "1"}
@@ -233,3 +233,21 @@ def test_killed_after_any_call(machine: Machine) -> None:
     machine.assert_at_rest()
     for identifier in machine.identifiers():
         assert machine.events(identifier).count("sealed") == 1, machine.events(identifier)
+
+
+def test_asked_to_end_after_any_call(machine: Machine) -> None:
+    """Between the named steps too: nothing half, nothing left in staging, and every directory is closed again."""
+    machine.backup()
+    active = machine.layout.active
+    kept = set(machine.identifiers())
+    for number in range(8, 300, 21):
+        with noted(f"after call {number}"):
+            action, code = ("term", 143) if number % 2 else ("int", 130)
+            assert machine.run("backup", action=action, at="call", nth=number).code in (code, 0)
+            machine.assert_whole()
+            assert kept <= set(machine.identifiers())
+            assert names_in(machine.layout.staging) == names_in(machine.layout.journal) == []
+            assert [path for path in (active, *active.iterdir()) if path.name[:1] != "." and not is_flagged(path)] == []
+            kept = set(machine.identifiers())
+    machine.backup()
+    machine.assert_at_rest()

@@ -37,9 +37,21 @@ def test_what_was_written_is_pending_until_it_is_closed_the_oldest_first(tmp_pat
 
 
 def test_the_order_of_the_inodes_is_kept_because_removal_goes_by_it(tmp_path: Path) -> None:
-    journal.write(tmp_path, entry(inodes={"z": 1, "a": 2, "m": 3}))
+    name = "2026-01-31_23-59-59.sql.gz"
+    order = [f"{name}.sha256", f"{name}.manifest.json", name]
+    journal.write(tmp_path, entry(inodes=dict.fromkeys(order, 1)))
     (found,) = journal.pending(tmp_path)
-    assert list(found.inodes) == ["z", "a", "m"]
+    assert list(found.inodes) == order
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"directory": "../outside"}, {"directory": ""}, {"filename": "../x", "inodes": {"../x": 1}}, {"inodes": {"y": 1}}],
+)
+def test_an_entry_about_anything_but_a_backup_is_refused(tmp_path: Path, fields: dict[str, object]) -> None:
+    journal.write(tmp_path, entry(0, **fields))
+    with pytest.raises(FormatError, match="no backup's file"):
+        list(journal.pending(tmp_path))
 
 
 def test_closing_twice_is_once(tmp_path: Path) -> None:
