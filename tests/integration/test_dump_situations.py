@@ -300,7 +300,7 @@ def test_roles_go_into_a_fresh_cluster(guarded: ScratchCluster, scratch: Path) -
     """With their passwords; and then the database with its owners."""
     postgres = Database(guarded, "postgres")
     postgres.execute('CREATE ROLE "Group ""x"""')
-    postgres.execute("CREATE ROLE member LOGIN PASSWORD 'pw' IN ROLE \"Group \"\"x\"\"\" VALID UNTIL '2040-01-01'")
+    postgres.execute('CREATE ROLE member LOGIN PASSWORD \'pw\' IN ROLE "Group ""x""" VALID UNTIL \'2040-01-01\'')
     postgres.execute("ALTER ROLE member SET work_mem TO '8MB'")
     Database(guarded, "app").execute("CREATE TABLE owned AS SELECT 1 AS x; ALTER TABLE owned OWNER TO member")
     kept = Keeper(scratch / "backups", {**keeper.reach(guarded), "DB_NAME": "app"})

@@ -130,9 +130,7 @@ def test_gunzip_and_psql_restore_all_of_it(
 
 
 @pytest.mark.timeout(900)
-def test_every_table_can_be_restored_alone(
-    regression: Database, kept: tuple[Keeper, Path, dict[str, str]]
-) -> None:
+def test_every_table_can_be_restored_alone(regression: Database, kept: tuple[Keeper, Path, dict[str, str]]) -> None:
     """A hundred of them at once, with what they need: types, functions, operators, parents."""
     made, file, _ = kept
     names = regression.value(

@@ -452,9 +452,7 @@ def test_the_scratch_directory_is_left_clean(shop: Shop, empty: Database, scratc
     assert list((kept.root / "staging").iterdir()) == []
 
 
-def test_settings_that_matter_to_the_restore_itself(
-    new_database: NewDatabase, cluster15: ScratchCluster
-) -> None:
+def test_settings_that_matter_to_the_restore_itself(new_database: NewDatabase, cluster15: ScratchCluster) -> None:
     """A database that would cut its own restore short: settings come last, and are all there in the end."""
     source = new_database(cluster15)
     with contextlib.ExitStack() as stack:
