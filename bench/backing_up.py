@@ -70,10 +70,10 @@ def contenders(databases: Databases, database: str, protections: set[str]) -> li
     return [
         Contender(PGKEEP, pgkeep),
         Contender(DISCARDED, discarded),
-        Contender(PIPED, piped),
-        Contender("pg_dump -Fc -f file", custom),
-        Contender("pg_dump -Fd -j2 -f directory", directory),
-        Contender(GUIDE, guide),
+        Contender(PIPED, piped, once=True),
+        Contender("pg_dump -Fc -f file", custom, once=True),
+        Contender("pg_dump -Fd -j2 -f directory", directory, once=True),
+        Contender(GUIDE, guide, once=True),
     ]
 
 

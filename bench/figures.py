@@ -53,9 +53,12 @@ class Race:
     def ratio(self, baseline: str, contender: str = PGKEEP) -> Ratio:
         """The contender's time in the baseline's, round by round: what slows the machine slows both of a pair.
 
+        Rounds that the baseline sat out count for nothing.
+
         Raises ``KeyError``.
         """
-        pairs = zip(self.timing(contender).seconds, self.timing(baseline).seconds, strict=True)
+        baselines = self.timing(baseline).seconds
+        pairs = zip(self.timing(contender).seconds[: len(baselines)], baselines, strict=True)
         ratios = [ours / theirs for ours, theirs in pairs]
         return Ratio(statistics.median(ratios), min(ratios), max(ratios))
 

@@ -61,6 +61,7 @@ def _head(setting: Setting, seconds: float) -> str:
         f"One run of {_duration(seconds)}, begun on {setting.started_at:%Y-%m-%d at %H:%M} UTC, at scale"
         f" {setting.scale:g}, {_rounds(setting.rounds)}. Contenders take turns within each round; seconds are medians"
         " of the rounds; a ratio is taken round by round, and its median is shown with the lowest and highest."
+        " In the backup races only pgkeep and `pg_dump > /dev/null` run in every round, the slow ones in the first."
     ) + (warning if setting.busy else "")
 
 

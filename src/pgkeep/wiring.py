@@ -117,9 +117,11 @@ class Services:
                 store.recover(vault, progress)
             if not to_make_room:
                 self._keep_reserve(progress)
-            yield vault
-            if to_make_room:
-                self._keep_reserve(progress)
+            try:
+                yield vault
+            finally:
+                if to_make_room:
+                    self._keep_reserve(progress)
 
     def backup(self, tier: Tier, progress: Progress, wait_seconds: float) -> Run:
         """Dump and seal every configured database, then the globals, then expire. Raises where nothing can begin.

@@ -56,9 +56,14 @@ def test_ratios_are_taken_round_by_round() -> None:
     assert BACKUP.timing("pgkeep").median_seconds / BACKUP.timing("a | b").median_seconds > found.median
 
 
+def test_a_baseline_that_ran_once_is_compared_with_the_first_round() -> None:
+    once = Race("once", (Timing("pgkeep", (1.0, 9.0)), Timing("slow", (4.0,))))
+    assert once.ratio("slow").median == 0.25
+
+
 def test_rounds_that_do_not_match_have_no_ratio() -> None:
-    unequal = Race("odd", (Timing("pgkeep", (1.0, 2.0)), Timing("other", (1.0,))))
-    with pytest.raises(ValueError, match="shorter"):
+    unequal = Race("odd", (Timing("pgkeep", (1.0,)), Timing("other", (1.0, 2.0))))
+    with pytest.raises(ValueError, match="longer"):
         unequal.ratio("other")
     with pytest.raises(KeyError):
         unequal.ratio("nobody")

@@ -109,7 +109,7 @@ def restore(
         with _timed(seconds, "load"):
             _load(Path(directory), target, plan, options, reader, progress)
         progress.step("restore.loaded")
-    notes = list(_left_out(plan))
+    notes = [] if options.data_only else list(_left_out(plan))
     parts = [part for part in reader.index.tables if plan.wants(part)]
     if not options.schema_only:
         with _timed(seconds, "analyze"):
@@ -206,6 +206,8 @@ def _select(toc: tocs.Toc, target: postgres.Target, options: Options) -> Selecti
     in_the_way = [str(name) for name in chosen.tables if selections.DatabaseObject("table", str(name)) in existing]
     if in_the_way and not options.data_only:
         raise RefusedError(f"the target has {', '.join(in_the_way)} already", "drop or rename it, or restore elsewhere")
+    if not options.data_only:
+        _require_roots(toc, chosen)
     if chosen.orphaned_foreign_keys and not options.allow_missing_parents:
         named = "; ".join(
             f"{key.constraint} of {key.child} refers to {key.parent}" for key in chosen.orphaned_foreign_keys
@@ -216,6 +218,18 @@ def _select(toc: tocs.Toc, target: postgres.Target, options: Options) -> Selecti
             f"add {parents}, or say --allow-missing-parents to leave these keys out",
         )
     return chosen
+
+
+def _require_roots(toc: tocs.Toc, chosen: Selection) -> None:
+    """Rows that pg_dump sends through the root of a tree (hashed by an enum) have no other way into a partition."""
+    tables = set(chosen.tables)
+    for entry in map(toc.by_dump_id.__getitem__, chosen.data_dump_ids):
+        loaded = entry.copy_target or entry.table_name
+        if loaded != entry.table_name and loaded not in tables:
+            raise RefusedError(
+                f"the rows of {entry.table_name} are loaded through {loaded}, of which it is a partition",
+                f"ask for --table '{loaded}': it brings all of its partitions",
+            )
 
 
 def _left_out(plan: _Plan) -> Iterator[str]:
