@@ -25,8 +25,8 @@ MAJORS = (15, 16, 18)
 AWKWARD_TEMPLATE = "awkward_template"
 # The awkward database of the tests: as large as the demo's, so that it still has tables of many chunks.
 AWKWARD_ROWS = 200_000
-REQUIRED_VARIABLE = "PGKEEP_TESTS_REQUIRED"
-SCRATCH_VARIABLE = "PGKEEP_TESTS_SCRATCH"
+REQUIRED_VARIABLE = "TESTS_REQUIRED"
+SCRATCH_VARIABLE = "TESTS_SCRATCH"
 FilesystemKind = Literal["ext4", "xfs", "btrfs", "tmpfs", "ntfs", "exfat"]
 SMALLEST_MIB: dict[FilesystemKind, int] = {"ext4": 2, "xfs": 300, "btrfs": 110, "tmpfs": 1, "ntfs": 2, "exfat": 2}
 _CAP_SYS_ADMIN = 21
@@ -34,7 +34,7 @@ _UNMOUNT_SECONDS = 5.0
 
 
 def skip(reason: str, *, could_run_here: bool | None = None) -> NoReturn:
-    """Skip this test and say why; with ``PGKEEP_TESTS_REQUIRED=1`` fail instead, where it could have run.
+    """Skip this test and say why; with ``TESTS_REQUIRED=1`` fail instead, where it could have run.
 
     ``could_run_here`` None: it could, if we are root.
     """

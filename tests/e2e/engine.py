@@ -26,9 +26,9 @@ from tests.e2e import packages
 
 ComposeVersion = Literal["1.29", "2"]
 COMPOSE_VERSIONS: tuple[ComposeVersion, ...] = ("1.29", "2")
-HOST_VARIABLE = "PGKEEP_E2E_DOCKER_HOST"
-CACHE_VARIABLE = "PGKEEP_E2E_CACHE"
-RUN_VARIABLE = "PGKEEP_E2E_RUN"
+HOST_VARIABLE = "TESTS_E2E_DOCKER_HOST"
+CACHE_VARIABLE = "TESTS_E2E_CACHE"
+RUN_VARIABLE = "TESTS_E2E_RUN"
 RUN_PREFIX = "pgkeep-e2e-"
 READY_SECONDS = 60.0
 COMMAND_SECONDS = 300.0
@@ -134,7 +134,7 @@ def why_not_here() -> str | None:
 
 @contextlib.contextmanager
 def running() -> Iterator[Engine]:
-    """The engine that ``PGKEEP_E2E_DOCKER_HOST`` names, or one of our own, which is gone at the end."""
+    """The engine that ``TESTS_E2E_DOCKER_HOST`` names, or one of our own, which is gone at the end."""
     named = os.environ.get(HOST_VARIABLE)
     with _named_engine(named) if named else _own_engine() as engine:
         yield engine

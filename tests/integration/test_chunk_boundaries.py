@@ -24,7 +24,7 @@ from tests.clusters import Clusters, Database, NewDatabase
 from tests.integration import keeper
 from tests.integration.keeper import Keeper
 
-SLOW_VARIABLE = "PGKEEP_TESTS_SLOW"
+SLOW_VARIABLE = "TESTS_SLOW"
 MANY_TABLES = 3000
 MANY_LARGE_OBJECTS = 5000
 LARGEST_ROW_BYTES = 320_000_000

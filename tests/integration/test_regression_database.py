@@ -1,7 +1,7 @@
 """The database that PostgreSQL's own regression tests leave behind: 1 500 relations of every odd kind.
 
-Name the source tree of a PostgreSQL 15 in ``PGKEEP_POSTGRES_SOURCE`` (``apt-get source postgresql-15``, unpacked), and
-in ``PGKEEP_POSTGRES_INCLUDE`` the server's headers where they are not in /usr/include/postgresql/15/server; it
+Name the source tree of a PostgreSQL 15 in ``TESTS_POSTGRES_SOURCE`` (``apt-get source postgresql-15``, unpacked), and
+in ``TESTS_POSTGRES_INCLUDE`` the server's headers where they are not in /usr/include/postgresql/15/server; it
 takes gcc and about three minutes. ``test_dump_situations.py`` has objects of every kind for every day.
 """
 
@@ -24,8 +24,8 @@ from tests.clusters import Database
 from tests.integration import keeper
 from tests.integration.keeper import Keeper
 
-SOURCE_VARIABLE = "PGKEEP_POSTGRES_SOURCE"
-INCLUDE_VARIABLE = "PGKEEP_POSTGRES_INCLUDE"
+SOURCE_VARIABLE = "TESTS_POSTGRES_SOURCE"
+INCLUDE_VARIABLE = "TESTS_POSTGRES_INCLUDE"
 MAJOR = 15
 # The schedule's groups run in parallel; more sessions than this gain nothing here.
 SESSIONS = 4
