@@ -18,6 +18,7 @@ from pgkeep.domain.names import Tier
 from pgkeep.domain.request import Request
 from pgkeep.errors import NotFoundError, PgkeepError, StorageError
 from pgkeep.progress import Progress
+from pgkeep.restore import recover
 from pgkeep.vault import audit_log, expire, seal, store
 from pgkeep.vault.layout import Layout, Vault, give_up_reserve, keep_reserve, open_vault, prepare_root
 
@@ -181,7 +182,7 @@ class Services:
 
     def _sweep(self, vault: Vault, progress: Progress) -> None:
         with durable.explain(self.layout.staging, "clearing what a run before this one left"):
-            for name in handover.sweep(self.layout.staging):
+            for name in (*handover.sweep(self.layout.staging), *recover.sweep(self.layout.staging)):
                 progress.warn(f"a run before this one was cut off: its {name} was removed from staging")
                 audit_log.record(vault, "staging cleared", id=name.partition(".")[0], removed=name)
             progress.step("backup.started")

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Final
 
 from pgkeep.adapters.durable import explain
+from pgkeep.adapters.fsflags import opened
 from pgkeep.errors import BusyError
 
 _FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
@@ -35,6 +36,20 @@ def locked(path: Path, wait_seconds: float = 0.0, on_wait: Callable[[str], None]
         yield
     finally:
         os.close(fd)
+
+
+@contextmanager
+def in_use(directory: Path) -> Iterator[None]:
+    """Mark a directory as somebody's until the end of the block, however the process ends."""
+    with opened(directory) as fd:
+        fcntl.flock(fd, fcntl.LOCK_SH)
+        yield
+
+
+def is_abandoned(directory: Path) -> bool:
+    """True where nobody holds it :func:`in_use`."""
+    with opened(directory) as fd:
+        return _try_lock(fd)
 
 
 def _acquire(fd: int, path: Path, wait_seconds: float, on_wait: Callable[[str], None] | None) -> None:

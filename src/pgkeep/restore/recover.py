@@ -7,13 +7,14 @@ import dataclasses
 import itertools
 import os
 import re
+import shutil
 import signal
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from pgkeep.adapters import durable, pgbinaries, postgres, process
+from pgkeep.adapters import durable, lock, pgbinaries, postgres, process
 from pgkeep.adapters.artifact_reader import ArtifactReader, LocalFile
 from pgkeep.domain import loading
 from pgkeep.domain import selection as selections
@@ -29,6 +30,7 @@ from pgkeep.restore import target as targets
 from pgkeep.restore.rebuild import rebuild
 
 POLL_SECONDS = 0.05
+_ARCHIVE_PREFIX = "restore-"
 _FINISHED = re.compile(r"finished item (\d+) TABLE DATA")
 
 
@@ -95,7 +97,7 @@ def restore(
     seconds: dict[str, float] = {}
     started = time.monotonic()
     reader = ArtifactReader(file)
-    with tempfile.TemporaryDirectory(prefix="restore-", dir=scratch) as directory, contextlib.ExitStack() as undo:
+    with _archive_directory(scratch) as directory, contextlib.ExitStack() as undo:
         plan = _prepare(reader, target, facts, options, progress, undo)
 
         def wanted(part: Part) -> bool:
@@ -103,11 +105,11 @@ def restore(
 
         with _timed(seconds, "rebuild"):
             _require_space(scratch, filter(wanted, reader.index.parts))
-            rebuild(reader, file, Path(directory), wanted)
+            rebuild(reader, file, directory, wanted)
         progress.step("restore.rebuilt")
         undo.pop_all()
         with _timed(seconds, "load"):
-            _load(Path(directory), target, plan, options, reader, progress)
+            _load(directory, target, plan, options, reader, progress)
         progress.step("restore.loaded")
     notes = [] if options.data_only else list(_left_out(plan))
     parts = [part for part in reader.index.tables if plan.wants(part)]
@@ -123,6 +125,21 @@ def restore(
     seconds["total"] = round(time.monotonic() - started, 3)
     restored = 0 if options.schema_only else sum(part.rows for part in parts)
     return Outcome(plan.facts.database, len(parts), restored, seconds, tuple(notes))
+
+
+def sweep(scratch: Path) -> list[str]:
+    """Remove what killed restores left there; what one under way holds stays. Returns the removed names."""
+    left = [path for path in sorted(scratch.glob(_ARCHIVE_PREFIX + "*")) if path.is_dir() and not path.is_symlink()]
+    removed = [path for path in left if lock.is_abandoned(path)]
+    for path in removed:
+        shutil.rmtree(path)
+    return [path.name for path in removed]
+
+
+@contextlib.contextmanager
+def _archive_directory(scratch: Path) -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix=_ARCHIVE_PREFIX, dir=scratch) as directory, lock.in_use(Path(directory)):
+        yield Path(directory)
 
 
 def choose_pg_restore(dump_version: str, target_major: int) -> Path:
