@@ -20,8 +20,13 @@ TARGETS = (RatioTarget(DISCARDED, 1.25), RatioTarget(PIPED, 0.5))
 GUIDE_BLOCK_BYTES = 8192
 
 
-def run(databases: Databases, figures: DatabaseFigures, rounds: int, space: Workspace, say: Say) -> Race:
-    """Everybody backs the same database up, each into a directory of its own that goes afterwards."""
+def run(
+    databases: Databases, figures: DatabaseFigures, rounds: int, space: Workspace, say: Say, *, everybody: bool
+) -> Race:
+    """Each backs the same database up, into a directory of its own that goes afterwards.
+
+    ``everybody``: those too whose minutes of zlib say the same for one database as for another.
+    """
 
     @contextlib.contextmanager
     def arena() -> Iterator[Path]:
@@ -32,7 +37,10 @@ def run(databases: Databases, figures: DatabaseFigures, rounds: int, space: Work
 
     title = f"backup of {figures.name}"
     protections: set[str] = set()
-    timings = race(title, contenders(databases, figures.name, protections), rounds, arena, say)
+    racing = contenders(databases, figures.name, protections)
+    if not everybody:
+        racing = [each for each in racing if each.name == PIPED or not each.once]
+    timings = race(title, racing, rounds, arena, say)
     return Race(title, timings, figures.text_bytes, (f"Protection that pgkeep sealed with: {', '.join(protections)}.",))
 
 

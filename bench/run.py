@@ -102,7 +102,9 @@ def _measure_parts(plan: Plan, made: Databases, space: Workspace, setting: Setti
         sources = [made.provide(kind, plan.scale) for kind in plan.kinds]
     races: list[Race] = []
     if "backup" in plan.parts:
-        races += [backing_up.run(made, source, plan.rounds, space, say) for source in sources]
+        races += [
+            backing_up.run(made, source, plan.rounds, space, say, everybody=source is sources[0]) for source in sources
+        ]
     for source in sources:
         races += _restores(plan, made, source, space)
     starts = starting.run(made, space, say) if "startup" in plan.parts else None
