@@ -99,8 +99,8 @@ def test_markers_can_not_be_guessed_and_half_ones_are_sql(shadow: Shadow, tmp_pa
         assert joined(list(shadow.split(io.BytesIO(output + decoy)))) == [*wanted[:-1], wanted[-1] + decoy]  # type: ignore[operator]
 
 
-def test_the_shadow_shares_the_contents_and_holds_one_large_object(shadow: Shadow, tmp_path: Path) -> None:
-    assert (shadow.directory / "toc.dat").samefile(tmp_path / "toc.dat")
+def test_the_shadow_holds_the_same_contents_and_holds_one_large_object(shadow: Shadow, tmp_path: Path) -> None:
+    assert (shadow.directory / "toc.dat").read_bytes() == (tmp_path / "toc.dat").read_bytes()
     assert (shadow.directory / "blobs.toc").read_text() == "16401 blob_16401.dat\n"
     assert sorted(path.name for path in shadow.directory.iterdir()) == [
         "11.dat", "12.dat", "blob_16401.dat", "blobs.toc", "toc.dat",
