@@ -139,7 +139,8 @@ def remove_with_flags(directory: Path) -> None:
         process.run(["chattr", "-R", "-f", "-i", "-a", directory])
     else:
         # A vault's directories are closed to their owner too, where the mode is the protection.
-        _must("chmod", "-R", "u+rwX", directory)
+        for path in (directory, *(each for each in directory.rglob("*") if each.is_dir() and not each.is_symlink())):
+            path.chmod(0o700)
     shutil.rmtree(directory)
 
 

@@ -221,6 +221,8 @@ def test_other_failures_are_failures_too(temporary: Path, monkeypatch: pytest.Mo
         def ends(self, step: run.Step, outcome: run.Outcome) -> None:
             if broken == "verification" and step.name == "attack":
                 place.unprotect(self.root)
+                for dump in self.root.rglob("*.sql.gz"):
+                    dump.chmod(0o640)
             if broken == "differences" and step.name == "restore":
                 change_the_restored_database(temporary)
 
