@@ -94,7 +94,7 @@ def test_pg_restore_reads_the_rebuilt_directory(subject: Subject, tmp_path: Path
     directory = keeper.rebuilt(subject.plain, tmp_path / "archive")
     with clusters.temporary_database(subject.database.cluster) as target:
         keeper.shell(
-            '"$restore" --exit-on-error --jobs=2 --dbname="$target" "$directory"',
+            '"$restore" --exit-on-error --dbname="$target" "$directory"',
             restore=target.cluster.installation.tool("pg_restore"),
             target=target.conninfo,
             directory=directory,

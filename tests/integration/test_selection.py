@@ -185,12 +185,14 @@ def _dumped(database: Database, dump: Path) -> Source:
 
 
 def _restore(source: Source, chosen: Selection, target: Database, tmp_path: Path, *options: str) -> None:
+    """In as many runs as pgkeep itself makes: in one with several jobs, pg_restore may deadlock with itself."""
     listing = tmp_path / "list"
-    listing.write_text(loading.list_file(chosen.dump_ids))
     connection = f"--dbname={target.conninfo}"
     program = source.tool("pg_restore")
-    completed = process.run([program, "--exit-on-error", "-L", listing, connection, *options, source.dump])
-    assert (completed.return_code, completed.stderr) == (0, "")
+    for dump_ids in loading.runs(source.toc, chosen.dump_ids):
+        listing.write_text(loading.list_file(dump_ids))
+        completed = process.run([program, "--exit-on-error", "-L", listing, connection, *options, source.dump])
+        assert (completed.return_code, completed.stderr) == (0, "")
 
 
 def _dump_of_tables(source: Source, database: Database, tables: Sequence[TableName], *also: str) -> str:
