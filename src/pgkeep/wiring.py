@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import datetime as dt
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from pgkeep.adapters import durable, lock, postgres
+from pgkeep.adapters import clock, durable, lock, postgres
 from pgkeep.agent import dump, handover
 from pgkeep.config import Settings
 from pgkeep.domain import catalog, names, retention
@@ -19,7 +18,7 @@ from pgkeep.domain.request import Request
 from pgkeep.errors import NotFoundError, PgkeepError, StorageError
 from pgkeep.progress import Progress
 from pgkeep.restore import recover
-from pgkeep.vault import audit_log, expire, seal, store
+from pgkeep.vault import audit_log, expire, receive, seal, store
 from pgkeep.vault.layout import Layout, Vault, give_up_reserve, keep_reserve, open_vault, prepare_root
 
 _Dump = Callable[[handover.Staged], Request]
@@ -148,7 +147,7 @@ class Services:
 
     def plan_cleanup(self) -> list[retention.Decision]:
         """What would expire now, with a reason for every backup. Raises ``NotFoundError``."""
-        return retention.plan(self.catalog().backups, self.policy, dt.datetime.now(dt.UTC))
+        return retention.plan(self.catalog().backups, self.policy, clock.now())
 
     def cleanup(self, progress: Progress, wait_seconds: float) -> list[retention.Decision]:
         """Carry :meth:`plan_cleanup` out."""
@@ -174,11 +173,11 @@ class Services:
 
     def _database_dump(self, name: str | None, tier: Tier, progress: Progress) -> _Dump:
         target = self.target.database(name) if name else self.target
-        return lambda staged: dump.dump_database(staged, target, tier, self.dump_options, progress)
+        return lambda staged: dump.dump_database(staged, target, (tier,), self.dump_options, progress)
 
     def _globals_dump(self, name: str | None, tier: Tier, progress: Progress) -> _Dump:
         target = self.target.database(name) if name else self.target
-        return lambda staged: dump.dump_globals(staged, target, tier, self.dump_options, progress)
+        return lambda staged: dump.dump_globals(staged, target, (tier,), self.dump_options, progress)
 
     def _sweep(self, vault: Vault, progress: Progress) -> None:
         with durable.explain(self.layout.staging, "clearing what a run before this one left"):
@@ -190,7 +189,7 @@ class Services:
     def _run(
         self, vault: Vault, subject: str, make: _Dump, rules: seal.Rules, progress: Progress
     ) -> SealedBackup | Failure:
-        identifier = names.new_identifier(dt.datetime.now(dt.UTC))
+        identifier = names.new_identifier(clock.now())
         try:
             return self._dump_and_seal(vault, identifier, subject, make, rules, progress)
         except PgkeepError as error:
@@ -210,7 +209,9 @@ class Services:
                 make(staged)
             progress.note(f"sealing {subject}")
             with durable.explain(self.layout.active, f"sealing {subject}"):
-                return seal.seal(vault, staged.ready.name, rules, progress)
+                request = receive.read_request(self.layout, staged.ready.name)
+                (backup,) = seal.seal(vault, staged.ready.name, request, request.tiers, rules, progress)
+                return backup
         finally:
             staged.remove()
 

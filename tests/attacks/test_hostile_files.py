@@ -33,7 +33,7 @@ from pgkeep.progress import Silent
 from pgkeep.restore.rebuild import rebuild
 from pgkeep.restore.recover import choose_pg_restore
 from pgkeep.restore.target import list_members
-from pgkeep.vault import seal, store
+from pgkeep.vault import receive, seal, store
 from pgkeep.vault.inspect import DEFECTS_LIMIT, Depth, Inspection, inspect
 from pgkeep.vault.layout import Layout, Vault, open_vault
 from pgkeep.vault.verify import verify_path
@@ -90,7 +90,7 @@ def test_an_honest_artifact_has_no_defect(depth: Depth) -> None:
     found = look(HONEST, depth)
     assert found.defects == ()
     assert found.sha256 == hashlib.sha256(HONEST).hexdigest()
-    assert [table.rows for table in found.index.tables] == [2, 3, 0] if found.index else False
+    assert [table.rows for table in found.contents.tables] == [2, 3, 0] if found.contents else False
 
 
 def test_every_truncation_is_named() -> None:
@@ -754,12 +754,19 @@ def stage(vault: Vault, data: bytes = HONEST, **fields: Any) -> str:
     directory.mkdir()
     (directory / requests.DUMP_NAME).write_bytes(data)
     known = {
-        "id": IDENTIFIER, "kind": "database", "tier": Tier.DAILY, "database": "app",
+        "id": IDENTIFIER, "kind": "database", "tiers": (Tier.DAILY,), "database": "app",
         "created_at": dt.datetime.now(dt.UTC), "system_identifier": "1", "server_version": "15.8",
         "dump_version": "15.8", "dump_seconds": 1.0,
     }  # fmt: skip
     (directory / requests.FILE_NAME).write_bytes(requests.encode(Request(**{**known, **fields})))
     return directory.name
+
+
+def take(vault: Vault, staged: str, rules: seal.Rules) -> SealedBackup:
+    """What the vault does with a hand-over for one tier."""
+    request = receive.read_request(vault.layout, staged)
+    (backup,) = seal.seal(vault, staged, request, request.tiers, rules, Silent())
+    return backup
 
 
 @pytest.fixture
@@ -769,7 +776,7 @@ def vault(scratch: Path) -> Vault:
 
 @pytest.fixture
 def sealed(vault: Vault) -> SealedBackup:
-    backup = seal.seal(vault, stage(vault), RULES, Silent())
+    backup = take(vault, stage(vault), RULES)
     vault.directory("daily").chmod(0o755)
     return backup
 
@@ -926,7 +933,7 @@ def test_a_hostile_hand_over_is_refused_without_a_trace(name: str, vault: Vault)
     attack, expected, words = HAND_OVERS[name]
     attack(vault)
     with pytest.raises(expected, match=words):
-        seal.seal(vault, staged, RULES, Silent())
+        take(vault, staged, RULES)
     assert list(vault.directory("daily").iterdir()) == []
     assert list(vault.layout.incoming.iterdir()) == []
     assert list(vault.layout.journal.iterdir()) == []
@@ -935,7 +942,7 @@ def test_a_hostile_hand_over_is_refused_without_a_trace(name: str, vault: Vault)
 def test_a_database_name_longer_than_a_file_name_is_refused(vault: Vault) -> None:
     staged = stage(vault, database="\N{GRINNING FACE}" * 60)
     with pytest.raises(FormatError, match="too long"):
-        seal.seal(vault, staged, dataclasses.replace(RULES, named_by_database=True), Silent())
+        take(vault, staged, dataclasses.replace(RULES, named_by_database=True))
     assert list(vault.directory("daily").iterdir()) == []
 
 
@@ -943,7 +950,7 @@ def test_a_database_name_longer_than_a_file_name_is_refused(vault: Vault) -> Non
 def test_an_impossible_moment_of_the_dump_is_not_believed(vault: Vault, year: int) -> None:
     zone = dt.timezone(dt.timedelta(hours=14 if year == 1 else -14))
     moment = dt.datetime(year, 12 if year > 1 else 1, 31 if year > 1 else 1, 23 if year > 1 else 0, tzinfo=zone)
-    backup = seal.seal(vault, stage(vault, created_at=moment), RULES, Silent())
+    backup = take(vault, stage(vault, created_at=moment), RULES)
     assert backup.manifest.filename.startswith(f"{dt.datetime.now(dt.UTC):%Y-%m-%d}")
     assert_clean(pgkeep("list", "--json", root=vault.layout.root), 0)
 
@@ -951,7 +958,7 @@ def test_an_impossible_moment_of_the_dump_is_not_believed(vault: Vault, year: in
 def test_a_staged_dump_that_changes_later_does_not_change_what_was_sealed(vault: Vault) -> None:
     staged = stage(vault)
     with (vault.layout.staging / staged / requests.DUMP_NAME).open("r+b") as held:
-        backup = seal.seal(vault, staged, RULES, Silent())
+        backup = take(vault, staged, RULES)
         held.write(b"\0" * 100)
         held.flush()
     assert (vault.layout.active / backup.path_in_vault).read_bytes() == HONEST

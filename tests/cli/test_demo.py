@@ -158,7 +158,8 @@ def test_root_without_the_capability_does_not_claim_immutability(temporary: Path
     ],
 )
 def test_an_interruption_leaves_nothing(temporary: Path, after: str, number: signal.Signals, code: int) -> None:
-    demo = start_demo(temporary)
+    # Under nohup the tests themselves, and so the demo, would ignore a hangup.
+    demo = start_demo(temporary, prefix=("env", "--default-signal=HUP"))
     for line in demo.stderr:
         if after in line:
             break

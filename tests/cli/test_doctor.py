@@ -275,7 +275,7 @@ def test_a_root_that_is_no_vault_or_no_directory(two: Two, scratch: Path) -> Non
 def test_unfinished_work_and_quarantine_are_warnings(cluster15: ScratchCluster, new_database: NewDatabase) -> None:
     with keeping(cluster15, new_database(cluster15).name) as keeper:
         keeper.backup()
-        entry = {"id": "20260101T000000Z-aaaaaa", "action": "seal", "directory": "daily", "filename": "x", "inodes": {}}
+        entry = {"id": "20260101T000000Z-aaaaaa", "action": "seal", "places": []}
         journal = keeper.root / "state" / "journal" / f"{entry['id']}.json"
         journal.write_text(json.dumps(entry))
         (keeper.root / "active" / ".quarantine" / "stranger").write_text("")

@@ -19,13 +19,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pgkeep import wiring
-from pgkeep.adapters import pgbinaries
-from pgkeep.agent import dump
+from pgkeep.adapters import clock, pgbinaries
 from pgkeep.cli import render
 from pgkeep.cli.main import main
 from pgkeep.errors import DatabaseError
-from pgkeep.vault import audit_log, seal
 
 # What counts as a step beside the named ones: the listener is told of bytes while pg_dump runs.
 ADVANCE = "advance"
@@ -100,14 +97,8 @@ def _act(plan: Plan) -> None:
 
 
 def _turn_clock_back(days: int) -> None:
-    class Earlier(dt.datetime):
-        @classmethod
-        def now(cls, tz: dt.tzinfo | None = None) -> Any:
-            return dt.datetime.now(tz) - dt.timedelta(days=days)
-
-    earlier = types.SimpleNamespace(datetime=Earlier, timedelta=dt.timedelta, UTC=dt.UTC)
-    for module in (dump, seal, audit_log, wiring):
-        module.dt = earlier  # type: ignore[attr-defined]
+    real = clock.now
+    clock.now = lambda: real() - dt.timedelta(days=days)
 
 
 if __name__ == "__main__":

@@ -288,8 +288,8 @@ def test_a_real_file_of_version_1_is_whole_for_ever() -> None:
         found = inspect(file, "content")
     assert found.defects == ()
     assert found.sha256 == "e797dee2b845ff012bab3f9ce57caf9c08784ebd3380d9627bc3f5ce8ebe4502"
-    assert found.index is not None
-    assert [(table.name, table.rows) for table in found.index.tables] == [("fruit", 3)]
+    assert found.contents is not None
+    assert [(table.name, table.rows) for table in found.contents.tables] == [("fruit", 3)]
 
 
 def test_the_specification_names_the_limits_that_hold() -> None:

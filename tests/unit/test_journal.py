@@ -10,18 +10,21 @@ from hypothesis import strategies as st
 
 from pgkeep.errors import FormatError, RefusedError
 from pgkeep.vault import journal
-from pgkeep.vault.journal import Entry
+from pgkeep.vault.journal import Entry, Place
 
 
 def entry(number: int = 0, **fields: object) -> Entry:
+    known = {"id": f"20260131T23595{number}Z-1f2e3d", "action": "seal", "places": (place(),)}
+    return Entry(**{**known, **fields})  # type: ignore[arg-type]
+
+
+def place(**fields: object) -> Place:
     known = {
-        "id": f"20260131T23595{number}Z-1f2e3d",
-        "action": "seal",
         "directory": "daily",
         "filename": "2026-01-31_23-59-59.sql.gz",
         "inodes": {"2026-01-31_23-59-59.sql.gz": 12, "2026-01-31_23-59-59.sql.gz.manifest.json": 13},
     }
-    return Entry(**{**known, **fields})  # type: ignore[arg-type]
+    return Place(**{**known, **fields})  # type: ignore[arg-type]
 
 
 def test_nothing_is_pending_at_first(tmp_path: Path) -> None:
@@ -39,9 +42,9 @@ def test_what_was_written_is_pending_until_it_is_closed_the_oldest_first(tmp_pat
 def test_the_order_of_the_inodes_is_kept_because_removal_goes_by_it(tmp_path: Path) -> None:
     name = "2026-01-31_23-59-59.sql.gz"
     order = [f"{name}.sha256", f"{name}.manifest.json", name]
-    journal.write(tmp_path, entry(inodes=dict.fromkeys(order, 1)))
+    journal.write(tmp_path, entry(places=(place(inodes=dict.fromkeys(order, 1)),)))
     (found,) = journal.pending(tmp_path)
-    assert list(found.inodes) == order
+    assert list(found.places[0].inodes) == order
 
 
 @pytest.mark.parametrize(
@@ -49,7 +52,7 @@ def test_the_order_of_the_inodes_is_kept_because_removal_goes_by_it(tmp_path: Pa
     [{"directory": "../outside"}, {"directory": ""}, {"filename": "../x", "inodes": {"../x": 1}}, {"inodes": {"y": 1}}],
 )
 def test_an_entry_about_anything_but_a_backup_is_refused(tmp_path: Path, fields: dict[str, object]) -> None:
-    journal.write(tmp_path, entry(0, **fields))
+    journal.write(tmp_path, entry(0, places=(place(), place(**fields))))
     with pytest.raises(FormatError, match="no backup's file"):
         list(journal.pending(tmp_path))
 

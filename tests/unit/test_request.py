@@ -20,7 +20,7 @@ valid = st.builds(
     Request,
     id=st.from_regex(r"\A[0-9]{8}T[0-9]{6}Z-[0-9a-f]{6}\Z"),
     kind=st.sampled_from(["database", "globals"]),
-    tier=st.sampled_from(Tier),
+    tiers=st.lists(st.sampled_from(Tier), min_size=1, max_size=6).map(tuple),
     database=texts,
     created_at=st.datetimes(timezones=st.just(dt.UTC)),
     system_identifier=texts,
@@ -38,7 +38,7 @@ valid = st.builds(
     notes=st.lists(texts, max_size=3).map(tuple),
 )
 PLAIN = {
-    "id": "20260131T235959Z-1f2e3d", "kind": "database", "tier": "daily", "database": "app",
+    "id": "20260131T235959Z-1f2e3d", "kind": "database", "tiers": ["daily"], "database": "app",
     "created_at": "2026-01-31T23:59:59Z", "system_identifier": "7", "server_version": "15.8", "dump_version": "15.8",
     "dump_seconds": 1.5,
 }  # fmt: skip
@@ -50,7 +50,7 @@ def test_a_request_is_read_back_as_it_was_written(request: Request) -> None:
 
 
 def test_a_plain_one_is_read() -> None:
-    assert decode(json.dumps(PLAIN).encode()).tier is Tier.DAILY
+    assert decode(json.dumps(PLAIN).encode()).tiers == (Tier.DAILY,)
 
 
 @pytest.mark.parametrize("field", PLAIN)
@@ -63,8 +63,9 @@ def test_no_field_may_be_left_out(field: str) -> None:
     ("field", "value"),
     [
         ("id", "../../../../etc/cron.d/x"), ("id", "20260131T235959Z-1f2e3d\n"), ("id", "20260131T235959Z-1F2E3D"),
-        ("id", "٢0260131T235959Z-1f2e3d"), ("id", ""), ("id", None), ("kind", "everything"), ("tier", "eternal"),
-        ("tier", "globals"), ("database", "a\0b"), ("database", "x" * 1025), ("created_at", "yesterday"),
+        ("id", "٢0260131T235959Z-1f2e3d"), ("id", ""), ("id", None), ("kind", "everything"), ("tiers", ["eternal"]),
+        ("tiers", ["globals"]), ("tiers", []), ("tiers", ["daily"] * 7), ("tiers", "daily"),
+        ("database", "a\0b"), ("database", "x" * 1025), ("created_at", "yesterday"),
         ("created_at", "2026-01-31T23:59:59"), ("created_at", 1769903999), ("dump_seconds", -1),
         ("dump_seconds", "1"), ("facts", {}), ("facts", []), ("notes", "one"), ("notes", ["x" * 1025]),
         ("retain_until", "2026-01-31T23:59:59Z"), ("sha256", "0" * 64),

@@ -213,6 +213,11 @@ class NewFile:
         return os.fstat(self.fd).st_ino
 
     @property
+    def is_unnamed(self) -> bool:
+        """It began without a name (``O_TMPFILE``): it can be published under several."""
+        return self._temporary is None and not self._has_its_only_name
+
+    @property
     def can_be_published_again(self) -> bool:
         """False once a file that began under a temporary name was published: a second name needs a copy.
 

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import datetime as dt
 import errno
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
-from pgkeep.adapters import durable, pgbinaries, postgres, process
+from pgkeep.adapters import clock, durable, pgbinaries, postgres, process
 from pgkeep.adapters.artifact_writer import ArtifactWriter
 from pgkeep.agent.assemble import RawDump, assemble
 from pgkeep.agent.compress import Compressor, Pool
@@ -79,10 +78,12 @@ def processors() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def dump_database(staged: Staged, target: postgres.Target, tier: Tier, options: Options, progress: Progress) -> Request:
+def dump_database(
+    staged: Staged, target: postgres.Target, tiers: Sequence[Tier], options: Options, progress: Progress
+) -> Request:
     """Dump ``target`` into ``staged`` and hand it over. Raises ``DatabaseError``, ``ToolError``, ``StorageError``."""
     started = time.monotonic()
-    created_at = dt.datetime.now(dt.UTC)
+    created_at = clock.now()
     subject = _inspect(target, options)
     notes = _concerns(subject)
     for note in notes:
@@ -92,7 +93,7 @@ def dump_database(staged: Staged, target: postgres.Target, tier: Tier, options: 
     request = Request(
         id=staged.identifier,
         kind="database",
-        tier=tier,
+        tiers=tuple(tiers),
         database=subject.server.database,
         created_at=created_at,
         system_identifier=subject.server.system_identifier,
@@ -107,10 +108,12 @@ def dump_database(staged: Staged, target: postgres.Target, tier: Tier, options: 
     return request
 
 
-def dump_globals(staged: Staged, target: postgres.Target, tier: Tier, options: Options, progress: Progress) -> Request:
+def dump_globals(
+    staged: Staged, target: postgres.Target, tiers: Sequence[Tier], options: Options, progress: Progress
+) -> Request:
     """Roles and tablespaces, which belong to no database; without password hashes where we may not read them."""
     started = time.monotonic()
-    created_at = dt.datetime.now(dt.UTC)
+    created_at = clock.now()
     notes = []
     with postgres.connect(target, timeout_seconds=options.connect_timeout_seconds) as connection:
         server = postgres.inspect_server(connection)
@@ -132,7 +135,7 @@ def dump_globals(staged: Staged, target: postgres.Target, tier: Tier, options: O
     request = Request(
         id=staged.identifier,
         kind="globals",
-        tier=tier,
+        tiers=tuple(tiers),
         database="",
         created_at=created_at,
         system_identifier=server.system_identifier,

@@ -85,6 +85,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     recipients: tuple[str, ...] = ()
     findings: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    # The agent's name for the dump: names of several tiers that share a dump share this.
+    staged_id: str = ""
 
     @property
     def rows(self) -> int:

@@ -25,7 +25,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
     id: Annotated[str, msgspec.Meta(pattern=r"\A[0-9]{8}T[0-9]{6}Z-[0-9a-f]{6}\Z")]
     kind: Kind
-    tier: Tier
+    tiers: Annotated[tuple[Tier, ...], msgspec.Meta(min_length=1, max_length=len(Tier))]
     database: _DatabaseName
     created_at: Annotated[dt.datetime, msgspec.Meta(tz=True)]
     system_identifier: _Short

@@ -11,7 +11,7 @@ from pgkeep.domain.catalog import SealedBackup
 from pgkeep.domain.retention import Decision
 from pgkeep.errors import PgkeepError
 from pgkeep.progress import Progress
-from pgkeep.vault import audit_log, journal, seal
+from pgkeep.vault import audit_log, journal, settle
 from pgkeep.vault.layout import Vault
 
 
@@ -28,12 +28,14 @@ def carry_out(vault: Vault, decisions: Sequence[Decision], progress: Progress) -
 
 def finish_removal(vault: Vault, entry: journal.Entry, progress: Progress) -> None:
     """Remove whatever of the entry's names is left. Idempotent."""
-    directory = vault.directory(entry.directory)
-    with durable.explain(directory, "removing an expired backup"), vault.unlocked(directory) as descriptor:
-        seal.remove_names(descriptor, entry)
-    progress.step("expire.unlinked")
-    if not audit_log.holds(vault, "expired", entry.id):
-        audit_log.record(vault, "expired", id=entry.id, path=f"{entry.directory}/{entry.filename}")
+    for place in entry.places:
+        directory = vault.directory(place.directory)
+        with durable.explain(directory, "removing an expired backup"), vault.unlocked(directory) as descriptor:
+            settle.remove_names(vault, descriptor, place)
+        settle.protect_again(vault, place)
+        progress.step("expire.unlinked")
+        if not audit_log.holds(vault, "expired", entry.id):
+            audit_log.record(vault, "expired", id=entry.id, path=f"{place.directory}/{place.filename}")
     progress.step("expire.audited")
     journal.close(vault.layout.journal, entry)
 
@@ -66,6 +68,5 @@ def _intent(vault: Vault, backup: SealedBackup) -> journal.Entry:
     filename = backup.manifest.filename
     order = (filename, *(filename + suffix for suffix in names.SIDECAR_SUFFIXES))
     inodes = {name: os.lstat(directory / name).st_ino for name in order if os.path.lexists(directory / name)}
-    return journal.Entry(
-        id=backup.manifest.id, action="expire", directory=backup.directory, filename=filename, inodes=inodes
-    )
+    place = journal.Place(directory=backup.directory, filename=filename, inodes=inodes)
+    return journal.Entry(id=backup.manifest.id, action="expire", places=(place,))

@@ -10,6 +10,8 @@ import os
 from collections.abc import Iterator
 from typing import Literal
 
+import msgspec
+
 from pgkeep.adapters import gzip_members
 from pgkeep.adapters.artifact_reader import ArtifactReader, LocalFile, describe, split_lines
 from pgkeep.domain import large_objects, toc
@@ -25,7 +27,7 @@ from pgkeep.domain.artifact import (
     codec,
 )
 from pgkeep.domain.contents import disagreements
-from pgkeep.domain.manifest import TableStatistics
+from pgkeep.domain.manifest import Count, Kind, TableStatistics
 from pgkeep.errors import FormatError
 
 Depth = Literal["digests", "content"]
@@ -35,23 +37,45 @@ _TRAILER_BYTES = 64 * 1024
 DEFECTS_LIMIT = 1000
 
 
+class Contents(msgspec.Struct, frozen=True, kw_only=True):
+    """What the index says of the whole; that it is true is what :func:`examine` finds out."""
+
+    kind: Kind
+    tables: tuple[TableStatistics, ...]
+    large_objects: Count
+    raw_bytes: Count
+
+
+class Findings(msgspec.Struct, frozen=True, kw_only=True):
+    """What a look into an artifact brought: JSON between the vault and its inspector. ``contents`` None: no index."""
+
+    contents: Contents | None
+    defects: tuple[str, ...]
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Inspection:
-    """What was found. ``defects`` empty: the artifact is whole as far as ``depth`` looks."""
+    """What was found. ``defects`` empty: the artifact is whole as far as the look went."""
 
     size_bytes: int
     sha256: str
-    index: Index | None
+    contents: Contents | None
     defects: tuple[str, ...]
 
 
 def inspect(file: LocalFile, depth: Depth) -> Inspection:
     """Check a whole artifact. Never raises for what is wrong with it: that is in ``defects``."""
     sha256, size_bytes = digest(file)
+    findings = examine(file, depth)
+    return Inspection(size_bytes, sha256, findings.contents, findings.defects)
+
+
+def examine(file: LocalFile, depth: Depth) -> Findings:
+    """All but the file's digest: the part that reads hostile structure."""
     try:
         reader = ArtifactReader(file)
     except FormatError as error:
-        return Inspection(size_bytes, sha256, None, (_explained(error),))
+        return Findings(contents=None, defects=(_explained(error),))
     threads = len(os.sched_getaffinity(0))
     checks = reader.check_content(threads) if depth == "content" else reader.check_digests(threads)
     defects = list(itertools.islice(checks, DEFECTS_LIMIT)) or list(
@@ -59,7 +83,7 @@ def inspect(file: LocalFile, depth: Depth) -> Inspection:
     )
     if len(defects) == DEFECTS_LIMIT:
         defects.append(f"these are the first {DEFECTS_LIMIT} defects; what follows was not looked at")
-    return Inspection(size_bytes, sha256, reader.index, tuple(defects))
+    return Findings(contents=_contents_of(reader.index), defects=tuple(defects))
 
 
 def _explained(error: FormatError) -> str:
@@ -148,5 +172,10 @@ def _ends_well(reader: ArtifactReader, offset: int, part: Part) -> bool:
     return tail in (DATA_END, b"\n" + DATA_END)
 
 
-def large_object_count(index: Index) -> int:
-    return sum(part.objects for part in index.parts if isinstance(part, LargeObjectsPart))
+def _contents_of(index: Index) -> Contents:
+    return Contents(
+        kind=index.header.content,
+        tables=statistics(index),
+        large_objects=sum(part.objects for part in index.parts if isinstance(part, LargeObjectsPart)),
+        raw_bytes=sum(part.raw_bytes for part in index.parts),
+    )

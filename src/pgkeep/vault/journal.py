@@ -16,14 +16,23 @@ from pgkeep.vault.layout import SEALED_DIRECTORIES
 _SUFFIX = ".json"
 
 
-class Entry(msgspec.Struct, frozen=True, kw_only=True):
-    """An intent. ``inodes`` by file name, the manifest last: a name with another inode is not ours to touch."""
+class Place(msgspec.Struct, frozen=True, kw_only=True):
+    """A backup under one tier's name.
 
-    id: str
-    action: Literal["seal", "expire"]
+    ``inodes`` by file name, the manifest last: a name with another inode is not ours to touch.
+    """
+
     directory: str
     filename: str
     inodes: dict[str, int]
+
+
+class Entry(msgspec.Struct, frozen=True, kw_only=True):
+    """An intent for every name that a dump is to get, or for the one that it loses."""
+
+    id: str
+    action: Literal["seal", "expire"]
+    places: tuple[Place, ...]
 
 
 def write(journal: Path, entry: Entry) -> None:
@@ -52,7 +61,8 @@ def pending(journal: Path) -> Iterator[Entry]:
 
 def _checked(entry: Entry) -> Entry:
     """On its word files are removed: it may speak of one backup's files in a directory for backups only."""
-    allowed = {entry.filename + suffix for suffix in ("", *names.SIDECAR_SUFFIXES)}
-    if entry.directory not in SEALED_DIRECTORIES or "/" in entry.filename or not entry.inodes.keys() <= allowed:
-        raise ValueError("it names something that is no backup's file")
+    for place in entry.places:
+        allowed = {place.filename + suffix for suffix in ("", *names.SIDECAR_SUFFIXES)}
+        if place.directory not in SEALED_DIRECTORIES or "/" in place.filename or not place.inodes.keys() <= allowed:
+            raise ValueError("it names something that is no backup's file")
     return entry

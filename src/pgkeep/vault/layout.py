@@ -12,7 +12,7 @@ from pathlib import Path
 
 import msgspec
 
-from pgkeep.adapters import durable, fsflags, protection
+from pgkeep.adapters import clock, durable, fsflags, protection
 from pgkeep.domain.manifest import Protection
 from pgkeep.domain.names import GLOBALS_DIRECTORY, Tier
 from pgkeep.errors import FormatError, ProtectionError, RefusedError, StorageError
@@ -160,7 +160,7 @@ def open_vault(layout: Layout, wanted: protection.Wanted) -> Vault:
         )
     vault = Vault(layout, chosen.protection, chosen.warning)
     if fresh:
-        identity = Identity(FORMAT, secrets.token_hex(16), dt.datetime.now(dt.UTC))
+        identity = Identity(FORMAT, secrets.token_hex(16), clock.now())
         durable.write_atomically(layout.active, IDENTITY_NAME, msgspec.json.encode(identity) + b"\n", 0o444)
         vault.close_directories()
     return vault

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import datetime as dt
 import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-from pgkeep.adapters import durable, fsflags
+from pgkeep.adapters import clock, durable, fsflags
 from pgkeep.adapters.sidecars import read_sidecar
 from pgkeep.domain import manifest as manifests
 from pgkeep.domain import names
 from pgkeep.domain.catalog import SealedBackup
 from pgkeep.errors import FormatError, NotFoundError, StorageError
 from pgkeep.progress import Progress
-from pgkeep.vault import audit_log, expire, journal, seal
+from pgkeep.vault import audit_log, expire, journal, settle
 from pgkeep.vault.layout import SEALED_DIRECTORIES, Layout, Vault
 
 # NAME_MAX of every Linux filesystem.
@@ -97,7 +96,7 @@ def recover(vault: Vault, progress: Progress) -> None:
         if entry.action == "expire":
             expire.finish_removal(vault, entry, progress)
             outcome = "its removal was finished"
-        elif seal.undo_or_finish(vault, entry, progress):
+        elif settle.undo_or_finish(vault, entry, progress):
             outcome = "it is whole and sealed"
         else:
             outcome = "it was undone"
@@ -120,7 +119,7 @@ def _strangers(directory: Path) -> list[str]:
 
 
 def _put_aside(vault: Vault, directory: Path, name: str) -> None:
-    moment = dt.datetime.now(dt.UTC).strftime("%Y%m%dT%H%M%S.%fZ")
+    moment = clock.now().strftime("%Y%m%dT%H%M%S.%fZ")
     target = vault.layout.quarantine / os.fsdecode(os.fsencode(f"{moment}-{directory.name}-{name}")[:_NAME_BYTES])
     with durable.explain(directory / name, "moving it to quarantine"), vault.unlocked(directory):
         if vault.protection == "chattr" and stat.S_IFMT(os.lstat(directory / name).st_mode) in (

@@ -15,7 +15,7 @@ from pgkeep.domain import names
 from pgkeep.domain.catalog import SealedBackup
 from pgkeep.domain.manifest import Manifest
 from pgkeep.errors import FormatError, NotFoundError, StorageError
-from pgkeep.vault.inspect import Depth, Inspection, inspect, large_object_count, statistics
+from pgkeep.vault.inspect import Depth, Inspection, inspect
 
 # A digest, two blanks and a file name.
 _CHECKSUM_LIMIT_BYTES = 4096
@@ -94,12 +94,12 @@ def _against_manifest(path: Path, inspection: Inspection, manifest: Manifest) ->
         "size_bytes": inspection.size_bytes,
         "sha256": inspection.sha256,
     }
-    if inspection.index is not None:
+    if (contents := inspection.contents) is not None:
         found |= {
-            "kind": inspection.index.header.content,
-            "tables": statistics(inspection.index),
-            "large_objects": large_object_count(inspection.index),
-            "raw_bytes": sum(part.raw_bytes for part in inspection.index.parts),
+            "kind": contents.kind,
+            "tables": contents.tables,
+            "large_objects": contents.large_objects,
+            "raw_bytes": contents.raw_bytes,
         }
     for name, value in found.items():
         if getattr(manifest, name) != value:

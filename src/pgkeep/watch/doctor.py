@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import datetime as dt
-
-from pgkeep.adapters import postgres
+from pgkeep.adapters import clock, postgres
 from pgkeep.config import Settings
 from pgkeep.errors import ConfigurationError, NotFoundError
 from pgkeep.vault import store
@@ -30,7 +28,7 @@ def configuration_fails(error: ConfigurationError) -> Check:
 def examine(settings: Settings, target: postgres.Target) -> list[Check]:
     """All checks that the configuration makes possible. Raises nothing that pgkeep foresees: errors are findings."""
     layout = Layout(settings.root)
-    now = dt.datetime.now(dt.UTC)
+    now = clock.now()
     examination = server.Examination(target, _plan(settings))
     checks = [Check("configuration", "ok", "valid; `pgkeep config show` prints it"), *machine_checks()]
     checks += guarded("server", examination.run)

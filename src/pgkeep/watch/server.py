@@ -7,7 +7,7 @@ import datetime as dt
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
-from pgkeep.adapters import pgbinaries, postgres
+from pgkeep.adapters import clock, pgbinaries, postgres
 from pgkeep.errors import DatabaseError, ToolError
 from pgkeep.watch.check import Check, failed, some
 
@@ -141,7 +141,7 @@ def _pg_dump(server: postgres.Server) -> Iterator[Check]:
 def _clock(connection: psycopg.Connection[Any]) -> Check:
     row = connection.execute("SELECT extract(epoch FROM clock_timestamp())::float8").fetchone()
     assert row is not None
-    drift = abs(dt.datetime.now(dt.UTC) - dt.datetime.fromtimestamp(row[0], dt.UTC))
+    drift = abs(clock.now() - dt.datetime.fromtimestamp(row[0], dt.UTC))
     text = f"the server's clock is {drift.total_seconds():.1f} s off this one"
     if drift > CLOCK_DRIFT:
         return Check("server clock", "warn", text, "synchronise both (chrony, timedatectl)")
