@@ -123,9 +123,10 @@ class Services:
                 if to_make_room:
                     self._keep_reserve(progress)
 
-    def backup(self, tier: Tier, progress: Progress, wait_seconds: float) -> Run:
-        """Dump and seal every configured database, then the globals, then expire. Raises where nothing can begin.
+    def backup(self, tiers: Sequence[Tier], progress: Progress, wait_seconds: float) -> Run:
+        """Dump every configured database once, seal it under each tier, then the globals, then expire.
 
+        Raises where nothing can begin.
         A database that fails does not keep the others from being backed up: it is in ``failures``.
         """
         with self.vault(progress, wait_seconds) as vault:
@@ -133,14 +134,14 @@ class Services:
             databases = self._databases()
             rules = self._rules(named_by_database=len(databases) > 1)
             runs: list[tuple[str, _Dump]] = [
-                (name or "database", self._database_dump(name, tier, progress)) for name in databases
+                (name or "database", self._database_dump(name, tiers, progress)) for name in databases
             ]
             if self.settings.database.globals == "auto":
-                runs.append(("globals", self._globals_dump(databases[0], tier, progress)))
+                runs.append(("globals", self._globals_dump(databases[0], tiers, progress)))
             outcomes = [self._run(vault, subject, make, rules, progress) for subject, make in runs]
             expired = self._expire(vault, progress)
         return Run(
-            tuple(each for each in outcomes if isinstance(each, SealedBackup)),
+            tuple(backup for each in outcomes if not isinstance(each, Failure) for backup in each),
             tuple(each for each in outcomes if isinstance(each, Failure)),
             tuple(expired),
         )
@@ -171,13 +172,13 @@ class Services:
                 return postgres.list_databases(connection)
         return database.names or (database.name,)
 
-    def _database_dump(self, name: str | None, tier: Tier, progress: Progress) -> _Dump:
+    def _database_dump(self, name: str | None, tiers: Sequence[Tier], progress: Progress) -> _Dump:
         target = self.target.database(name) if name else self.target
-        return lambda staged: dump.dump_database(staged, target, (tier,), self.dump_options, progress)
+        return lambda staged: dump.dump_database(staged, target, tiers, self.dump_options, progress)
 
-    def _globals_dump(self, name: str | None, tier: Tier, progress: Progress) -> _Dump:
+    def _globals_dump(self, name: str | None, tiers: Sequence[Tier], progress: Progress) -> _Dump:
         target = self.target.database(name) if name else self.target
-        return lambda staged: dump.dump_globals(staged, target, (tier,), self.dump_options, progress)
+        return lambda staged: dump.dump_globals(staged, target, tiers, self.dump_options, progress)
 
     def _sweep(self, vault: Vault, progress: Progress) -> None:
         with durable.explain(self.layout.staging, "clearing what a run before this one left"):
@@ -188,7 +189,7 @@ class Services:
 
     def _run(
         self, vault: Vault, subject: str, make: _Dump, rules: seal.Rules, progress: Progress
-    ) -> SealedBackup | Failure:
+    ) -> tuple[SealedBackup, ...] | Failure:
         identifier = names.new_identifier(clock.now())
         try:
             return self._dump_and_seal(vault, identifier, subject, make, rules, progress)
@@ -201,7 +202,7 @@ class Services:
 
     def _dump_and_seal(
         self, vault: Vault, identifier: str, subject: str, make: _Dump, rules: seal.Rules, progress: Progress
-    ) -> SealedBackup:
+    ) -> tuple[SealedBackup, ...]:
         staged = handover.Staged(self.layout.staging, identifier)
         try:
             progress.note(f"dumping {subject}")
@@ -210,8 +211,7 @@ class Services:
             progress.note(f"sealing {subject}")
             with durable.explain(self.layout.active, f"sealing {subject}"):
                 request = receive.read_request(self.layout, staged.ready.name)
-                (backup,) = seal.seal(vault, staged.ready.name, request, request.tiers, rules, progress)
-                return backup
+                return seal.seal(vault, staged.ready.name, request, request.tiers, rules, progress)
         finally:
             staged.remove()
 

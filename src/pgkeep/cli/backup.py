@@ -16,26 +16,29 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("tier", type=click.Choice([tier.value for tier in Tier]), default=Tier.MANUAL.value)
+@click.argument("tiers", type=click.Choice([tier.value for tier in Tier]), nargs=-1, metavar="[TIER]...")
 @click.option("--wait", "wait_seconds", type=click.FloatRange(0), default=600.0, show_default=True, metavar="SECONDS",
               help="How long to wait for another run to end.")  # fmt: skip
 @click.option("--quiet", is_flag=True, help="Warnings and errors only.")
 @common_options
 @pass_context
-def command(context: Context, tier: str, wait_seconds: float, quiet: bool) -> None:
-    """Dump every configured database, check the dump, and seal it under TIER (default: manual).
+def command(context: Context, tiers: tuple[str, ...], wait_seconds: float, quiet: bool) -> None:
+    """Dump every configured database, check the dump, and seal it under TIER: hourly, daily, weekly, monthly, yearly
+    or manual (the default). For several tiers it is dumped once, and the one file gets a name in each.
 
     Roles and tablespaces are sealed beside it under active/globals/. What has expired is removed afterwards.
 
     \b
     Examples:
       DB_HOST=db DB_NAME=app_db DB_USER=app DB_PASSWORD_FILE=/run/secrets/db_password pgkeep backup daily
+      pgkeep backup daily weekly
       pgkeep backup manual --json | jq -r .path
 
     With --json: one object, the backup's; "backups" in it lists all that the run sealed.
     """
+    chosen = [Tier(tier) for tier in dict.fromkeys(tiers)] or [Tier.MANUAL]
     with render.progress(quiet=quiet) as progress:
-        run = context.services.backup(Tier(tier), progress, wait_seconds)
+        run = context.services.backup(chosen, progress, wait_seconds)
         if context.services.settings.dump.verify_after:
             _verify(context, run.sealed, progress)
     if context.json and not run.failures:

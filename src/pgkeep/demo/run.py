@@ -186,7 +186,7 @@ class _Stage:
 
     def _back_up(self) -> dict[str, int]:
         self.services = Services(self._settings())
-        ended = self.services.backup(Tier.DAILY, self.audience, wait_seconds=0.0)
+        ended = self.services.backup((Tier.DAILY,), self.audience, wait_seconds=0.0)
         if ended.failures:
             raise ended.failures[0].error
         self.outcome.sealed = ended.sealed
