@@ -27,7 +27,6 @@ from tests.attacks.hostile import (
     with_sidecar,
 )
 
-
 HOSTILE_PATHS: dict[str, tuple[Callable[[Path], Path], int, str]] = {
     "cut": (not_whole, 7, "footer"),
     "empty": (bytes_at(b""), 7, "it is empty"),
