@@ -79,7 +79,7 @@ def test_verify_prints_one_document_for_a_hostile_file(scratch: Path) -> None:
 @pytest.mark.parametrize(
     ("data", "words"),
     [
-        (gzip.compress(b"--\n-- PostgreSQL database dump\n--\n"), "gunzip -c FILE | psql"),
+        (gzip.compress(b"--\n-- PostgreSQL database dump\n--\n", mtime=0), "gunzip -c FILE | psql"),
         (b"PGDMP\x01\x0e\0\x04\x08\x01" + b"\0" * 500, "pg_restore -d TARGET FILE"),
         (b"--\n-- PostgreSQL database dump\n--\n" * 20, "psql -v ON_ERROR_STOP=1 -f FILE"),
         (b"(\xb5/\xfd" + b"\0" * 500, "zstd -dc FILE"),
