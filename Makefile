@@ -5,7 +5,7 @@
 #   make lint                           ruff, mypy, import directions
 #   make bench [SCALE=...] [ARGS=...]   the measurements
 #   make e2e [ARGS=...]                 the tests that need containers
-#   make lock [UPGRADE=1]               write the locked environment anew
+#   make lock [UPGRADE=1]               write the locked environments anew
 #   make clean                          remove everything that make made
 
 PYTHON ?= python3
@@ -24,6 +24,9 @@ SOURCES := $(wildcard src tests bench)
 SCRATCH := .scratch bench/.scratch
 # Twice quiet: errors only.
 PIP_QUIET := -qq --disable-pip-version-check --no-input
+
+COMPILE := .venv-lock/bin/uv pip compile --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
+  --no-emit-find-links --no-emit-package pgkeep --custom-compile-command "make lock" --quiet
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -80,12 +83,13 @@ python:
 	  echo "$(PYTHON) can't make virtual environments. As root: apt-get install python3-venv" >&2; exit 1; }
 
 # The resolver writes one lock for every supported Python; it names packages and hashes, never where they lie.
+# The images get two parts of it, in the same versions: what runs, and what builds.
 lock: python
 	test -x .venv-lock/bin/uv || $(PYTHON) -m venv --clear .venv-lock
 	.venv-lock/bin/python -m pip install $(PIP_QUIET) uv
-	.venv-lock/bin/uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 --generate-hashes \
-	  --no-emit-index-url --no-emit-find-links --no-emit-package pgkeep --custom-compile-command "make lock" \
-	  --quiet $(if $(UPGRADE),--upgrade) --output-file $(LOCK)
+	$(COMPILE) pyproject.toml --extra dev $(if $(UPGRADE),--upgrade) --output-file $(LOCK)
+	$(COMPILE) pyproject.toml --constraint $(LOCK) --output-file requirements/runtime.lock
+	echo 'hatchling' | $(COMPILE) - --constraint $(LOCK) --output-file requirements/build.lock
 
 clean:
 	@for folder in $(SCRATCH); do \

@@ -1,4 +1,4 @@
-"""The configuration: TOML file, environment over it, options over both, to frozen and validated structs.
+"""The configuration: TOML file, environment over it, options over both, to the validated structs of ``settings.py``.
 
 :data:`SETTINGS` is the one table of all keys, variables and ranges; ``docs/configuration.md`` shows it.
 """
@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -46,20 +46,35 @@ from pgkeep.configuration_sources import (
 )
 from pgkeep.domain.names import Tier
 from pgkeep.errors import ConfigurationError
+from pgkeep.settings import (
+    Agent,
+    Database,
+    Dump,
+    Extractor,
+    Log,
+    Retention,
+    Schedule,
+    Settings,
+    Storage,
+    Vault,
+)
 
 __all__ = [
     "MASK",
+    "Agent",
     "Database",
     "Dump",
     "Effective",
     "Extractor",
     "Loaded",
+    "Log",
     "Retention",
     "Row",
     "Schedule",
     "Secret",
     "Settings",
     "Storage",
+    "Vault",
     "describe",
     "effective",
     "load",
@@ -69,95 +84,6 @@ DEFAULT_FILE = Path("/etc/pgkeep/pgkeep.toml")
 FILE_VARIABLE = "PGKEEP_CONFIG"
 # Read where programs are looked for, by adapters.pgbinaries: of the environment only, as PATH is.
 PROGRAMS_VARIABLE = "PGKEEP_PG_BIN"
-_MIB = 1024 * 1024
-
-
-class Database(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How to reach the server and what to dump. None leaves the matter to libpq and its PG* variables.
-
-    At most one of ``name``, ``names`` and ``all_databases`` is set.
-    """
-
-    host: str | None = None
-    port: int | None = None
-    name: str | None = None
-    names: tuple[str, ...] = ()
-    all_databases: bool = False
-    user: str | None = None
-    password: Secret | None = None
-    passfile: Path | None = None
-    service: str | None = None
-    sslmode: Literal["disable", "allow", "prefer", "require", "verify-ca", "verify-full"] | None = None
-    sslrootcert: str | None = None
-    connect_timeout_seconds: int = 10
-    globals: Literal["auto", "off"] = "auto"
-
-
-class Dump(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How pg_dump is run. ``jobs`` None: chosen from the machine."""
-
-    jobs: int | None = None
-    spool_compression: Literal["auto", "never", "always"] = "auto"
-    lock_timeout_seconds: int = 60
-    retries: int = 2
-    verify_after: bool = False
-
-
-class Retention(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Days that a tier's backups are kept (None: for ever) and how many good ones always stay."""
-
-    hourly_days: int | None = 2
-    daily_days: int | None = 7
-    weekly_days: int | None = 28
-    monthly_days: int | None = 365
-    yearly_days: int | None = None
-    manual_days: int | None = 30
-    keep_minimum: int = 3
-
-    def days(self, tier: Tier) -> int | None:
-        found: int | None = getattr(self, f"{tier.value}_days")
-        return found
-
-
-class Storage(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The protection to insist on (``auto``: the best that the filesystem has) and the space to leave free."""
-
-    protection: Literal["auto", "chattr", "mode", "none"] = "auto"
-    reserve_bytes: int = 256 * _MIB
-
-
-class Schedule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Cron expressions (None: off), read in ``timezone``, a name that ``zoneinfo`` knows."""
-
-    hourly: str | None = "0 */1 * * *"
-    daily: str | None = "0 0 * * *"
-    weekly: str | None = "0 0 * * 0"
-    monthly: str | None = None
-    yearly: str | None = None
-    timezone: str = "UTC"
-
-    def expressions(self) -> dict[Tier, str]:
-        """The tiers that run by themselves."""
-        found = {tier: getattr(self, tier.value) for tier in Tier if tier is not Tier.MANUAL}
-        return {tier: expression for tier, expression in found.items() if expression is not None}
-
-
-class Extractor(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The one-way copies."""
-
-    check_interval_seconds: int = 300
-
-
-class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Everything that can be set."""
-
-    root: Path = Path("/backups")
-    database: Database = Database()
-    dump: Dump = Dump()
-    retention: Retention = Retention()
-    storage: Storage = Storage()
-    schedule: Schedule = Schedule()
-    extractor: Extractor = Extractor()
 
 
 _DAYS = optional("forever", integer(1, 36500))
@@ -238,6 +164,12 @@ SETTINGS: tuple[Setting, ...] = (
         "Protection to insist on; `auto` takes the best that works.",
     ),
     Setting("storage.reserve_bytes", ("PGKEEP_RESERVE",), size(0, 2**50), "Free space that a backup must leave."),
+    Setting(
+        "storage.dump_limit_bytes",
+        ("PGKEEP_DUMP_LIMIT",),
+        optional("none", size(1, 2**60)),
+        "The largest dump that the vault takes.",
+    ),
     _due(Tier.HOURLY, "BACKUP_SCHEDULE"),
     _due(Tier.DAILY, "BACKUP_SCHEDULE_DAILY"),
     _due(Tier.WEEKLY, "BACKUP_SCHEDULE_WEEKLY"),
@@ -245,11 +177,40 @@ SETTINGS: tuple[Setting, ...] = (
     _due(Tier.YEARLY, "BACKUP_SCHEDULE_YEARLY"),
     Setting("schedule.timezone", ("BACKUP_TIMEZONE",), timezone(), "Time zone of the schedule."),
     Setting(
+        "agent.vault_timeout_seconds",
+        ("BACKUP_VAULT_TIMEOUT",),
+        integer(1, 86400),
+        "How long the agent waits for the vault to seal a dump.",
+    ),
+    Setting(
+        "vault.user", ("PGKEEP_VAULT_USER",), text(), "Whom pgkeep becomes before it touches the vault, if it is root."
+    ),
+    Setting(
+        "vault.subjects",
+        ("PGKEEP_VAULT_SUBJECTS",),
+        integer(1, 100000),
+        "Different databases (and servers' globals) that the vault takes.",
+    ),
+    Setting(
         "extractor.check_interval_seconds",
         ("CHECK_INTERVAL",),
         integer(1, 86400),
         "Pause between two looks for backups to copy.",
     ),
+    Setting("extractor.external_directory", ("EXTERNAL_DIRECTORY",), path(), "Where the copies go."),
+    Setting(
+        "extractor.external_mode",
+        ("EXTERNAL_MODE",),
+        choice("0444", "0440", "0400"),
+        "Who may read the copies: everybody, the group, or the extractor's user alone.",
+    ),
+    Setting(
+        "extractor.recheck_days",
+        ("EXTERNAL_RECHECK_DAYS",),
+        integer(1, 365),
+        "Days within which every copy is read again in full.",
+    ),
+    Setting("log.format", ("PGKEEP_LOG_FORMAT",), choice("text", "json"), "How services write their log to stdout."),
 )
 
 _KEYS = {key for row in SETTINGS for key in row.all_keys()}

@@ -4,22 +4,29 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import datetime as dt
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from pgkeep.adapters import clock, durable, lock, postgres
+from pgkeep.adapters.destinations.directory import DirectoryDestination
 from pgkeep.agent import dump, handover
+from pgkeep.agent import run as agent_run
+from pgkeep.agent import service as agent_service
 from pgkeep.config import Settings
 from pgkeep.domain import catalog, names, retention
 from pgkeep.domain.catalog import SealedBackup
 from pgkeep.domain.names import Tier
 from pgkeep.domain.request import Request
 from pgkeep.errors import NotFoundError, PgkeepError, StorageError
+from pgkeep.extractor import extract
 from pgkeep.progress import Progress
 from pgkeep.restore import recover
-from pgkeep.vault import audit_log, expire, receive, seal, store
-from pgkeep.vault.layout import Layout, Vault, give_up_reserve, keep_reserve, open_vault, prepare_root
+from pgkeep.vault import audit_log, expire, inbox, receive, relocate, seal, service, store, unseal
+from pgkeep.vault.condition import Pulse
+from pgkeep.vault.inspector import Inspector
+from pgkeep.vault.layout import Layout, Vault, give_up_reserve, keep_reserve, open_vault, prepare_root, read_identity
 
 _Dump = Callable[[handover.Staged], Request]
 
@@ -151,16 +158,111 @@ class Services:
         return retention.plan(self.catalog().backups, self.policy, clock.now())
 
     def cleanup(self, progress: Progress, wait_seconds: float) -> list[retention.Decision]:
-        """Carry :meth:`plan_cleanup` out."""
-        self.catalog()
+        """Carry :meth:`plan_cleanup` out; beside a vault that runs as a service, let that do it."""
+        held = self.catalog().backups
+        if inbox.is_served(self.layout):
+            progress.note("the vault's service does it")
+            return inbox.ask_to_clean_up(self.layout, held, wait_seconds)
         with self.vault(progress, wait_seconds, to_make_room=True) as vault:
             decisions = self.plan_cleanup()
             expire.carry_out(vault, decisions, progress)
         return decisions
 
+    def extractor(self) -> extract.Extractor:
+        """What copies this vault's backups to the external directory."""
+        chosen, active = self.settings.extractor, self.layout.active
+        destination = DirectoryDestination(chosen.external_directory, int(chosen.external_mode, 8), active)
+        settings = extract.Settings(
+            active=active,
+            state=self.settings.root / "extracted",
+            log=self.layout.logs / "extraction_audit.jsonl",
+            recheck=dt.timedelta(days=chosen.recheck_days),
+        )
+        return extract.Extractor(settings, destination, self._vault_id)
+
+    def agent(self) -> agent_run.Setup:
+        """What a run of the agent needs, for :func:`pgkeep.agent.run.back_up` and its neighbours."""
+        return agent_run.Setup(
+            staging=self.layout.staging,
+            active=self.layout.active,
+            target=self.target,
+            databases=self._databases,
+            with_globals=self.settings.database.globals == "auto",
+            options=self.dump_options,
+            schedule=self.settings.schedule.expressions(),
+            zone=self.settings.schedule.timezone,
+            vault_timeout_seconds=self.settings.agent.vault_timeout_seconds,
+        )
+
+    def agent_service(self, command: Sequence[str], environment: Mapping[str, str]) -> agent_service.Setup:
+        """What the agent as a service needs. ``command``: how it starts this program for a run of its own."""
+        return agent_service.Setup(
+            staging=self.layout.staging,
+            active=self.layout.active,
+            schedule=self.settings.schedule.expressions(),
+            zone=self.settings.schedule.timezone,
+            vault_timeout=dt.timedelta(seconds=self.settings.agent.vault_timeout_seconds),
+            command=command,
+            environment=environment,
+        )
+
+    @contextlib.contextmanager
+    def vault_service(self, inspector: Inspector, progress: Progress, wait_seconds: float) -> Iterator[service.Service]:
+        """The vault's service, with the vault's lock held until the end of the block. Raises as :meth:`vault`."""
+        settings = self.settings
+        pulse = Pulse(progress)
+        inspector.alive = pulse.alive
+        several = settings.database.all_databases or len(settings.database.names) > 1
+        limit_bytes = settings.storage.dump_limit_bytes or seal.UNLIMITED_BYTES
+        rules = dataclasses.replace(
+            self._rules(named_by_database=several), inspect=inspector.inspect, limit_bytes=limit_bytes
+        )
+        chosen = service.Options(
+            rules, settings.schedule.expressions(), settings.schedule.timezone, settings.vault.subjects
+        )
+        service.require_known(self.layout)
+        with self.vault(pulse, wait_seconds, to_make_room=True) as vault:
+            # Who chose a weaker protection knows of it.
+            wants_best = settings.storage.protection in ("auto", "chattr")
+            weak = (vault.warning, audit_log.weakness(vault)) if wants_best else ()
+            yield service.Service(vault, chosen, pulse, tuple(filter(None, weak)))
+
+    def _vault_id(self) -> str:
+        if not self.layout.exists:
+            raise NotFoundError(f"there is no vault under {self.layout.root} yet", "the vault makes it when it starts")
+        return read_identity(self.layout).id
+
+    def move_vault(
+        self, new_root: Path, *, allow_weaker: bool, remove_old: bool, progress: Progress, wait_seconds: float
+    ) -> relocate.Relocation:
+        """Move the vault to another root, or finish a move that was cut off. Raises as ``relocate.move``."""
+        storage = self.settings.storage
+        wishes = relocate.Wishes(
+            protection=storage.protection,
+            allow_weaker=allow_weaker,
+            remove_old=remove_old,
+            reserve_bytes=storage.reserve_bytes,
+        )
+        if relocate.moved_to(self.layout) is not None:
+            with lock.locked(self.layout.lock, wait_seconds, lambda holder: progress.note(f"waiting for {holder}")):
+                return relocate.finish(self.layout, new_root, wishes, progress)
+        self.catalog()
+        with self.vault(progress, wait_seconds) as vault:
+            return relocate.move(vault, new_root, wishes, progress)
+
+    def uninstall(self, identifier: str, *, delete: bool, progress: Progress, wait_seconds: float) -> unseal.Removal:
+        """Lift every flag of the vault with that id, and remove it if so wished. Raises as ``unseal.uninstall``."""
+        return unseal.uninstall(self.layout, identifier, delete=delete, wait_seconds=wait_seconds, progress=progress)
+
     def _keep_reserve(self, progress: Progress) -> None:
-        if not keep_reserve(self.layout):
-            progress.warn(f"the disk is so full that nothing is in reserve for `pgkeep cleanup`: {self.layout.active}")
+        """What keeps it from being held must not hide how the work itself ended."""
+        try:
+            if keep_reserve(self.layout):
+                return
+        except StorageError as error:
+            progress.warn(f"nothing can be held in reserve for `pgkeep cleanup`: {error.message}")
+            return
+        progress.warn(f"the disk is so full that nothing is in reserve for `pgkeep cleanup`: {self.layout.active}")
 
     def _rules(self, *, named_by_database: bool) -> seal.Rules:
         return seal.Rules(self.policy, self.settings.storage.reserve_bytes, named_by_database=named_by_database)

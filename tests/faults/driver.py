@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from pgkeep.adapters import clock, pgbinaries
-from pgkeep.cli import render
+from pgkeep.cli import log, render
 from pgkeep.cli.main import main
 from pgkeep.errors import DatabaseError
 
@@ -61,8 +61,9 @@ def inject(plan: Plan) -> None:
         if name == plan.at and seen.count(name) == plan.nth:
             _act(plan)
 
-    # The listener of the command line: nothing of what works is replaced.
+    # The listeners of the command line and of the services: nothing of what works is replaced.
     render._Log.step = step  # type: ignore[assignment, method-assign]
+    log.ServiceLog.step = step  # type: ignore[assignment, method-assign]
     render._Log.advance = lambda self, *sizes: step(self, ADVANCE)  # type: ignore[method-assign]
     if plan.at == CALL:
         for module, name in _CHANGING:

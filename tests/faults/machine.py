@@ -151,7 +151,7 @@ class Machine:
         assert names_in(self.layout.incoming) == RESERVE
         assert names_in(self.layout.journal) == []
         assert names_in(self.layout.quarantine) == []
-        assert names_in(active) == sorted((".incoming", ".quarantine", "vault.json", *SEALED_DIRECTORIES))
+        assert names_in(active) == sorted((".incoming", ".outcomes", ".quarantine", "vault.json", *SEALED_DIRECTORIES))
         expected = {
             f"{backup.path_in_vault}{suffix}"
             for backup in self.backups()

@@ -24,7 +24,7 @@ STARTER_PREFIXES = ("exec", "posix_spawn", "spawn")
 STARTERS = {"popen", "startfile", "system", "create_subprocess_exec", "create_subprocess_shell"}
 # What the configuration may lean on, besides the standard library and msgspec.
 CONFIGURATION = {"config", "config.py", "configuration_sources.py"}
-CONFIGURATION_MAY_IMPORT = ("pgkeep.domain", "pgkeep.errors", "pgkeep.progress", "pgkeep.config")
+CONFIGURATION_MAY_IMPORT = ("pgkeep.settings", "pgkeep.domain", "pgkeep.errors", "pgkeep.progress", "pgkeep.config")
 
 
 def label(path: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import os
@@ -13,6 +14,7 @@ from typing import Literal
 
 from pgkeep.adapters import clock, durable, pgbinaries, postgres, process
 from pgkeep.adapters.artifact_writer import ArtifactWriter
+from pgkeep.agent import blocking
 from pgkeep.agent.assemble import RawDump, assemble
 from pgkeep.agent.compress import Compressor, Pool
 from pgkeep.agent.handover import Staged
@@ -26,6 +28,7 @@ POLL_SECONDS = 0.01
 RETRY_PAUSE_SECONDS = 2.0
 # Raw data may pile up when compression falls behind; beyond this share of the free space pg_dump compresses.
 PLAIN_SPOOL_SHARE = 0.7
+WARNING_SHARE_OF_INTERVAL = 0.5
 # pg_dump's messages, under LC_MESSAGES=C, that another try may cure.
 _LOST_LOCK = "could not obtain lock on relation"
 # --lock-wait-timeout is a statement_timeout around LOCK TABLE, and is off for all other statements.
@@ -50,13 +53,19 @@ _REMEDIES = {
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Options:
-    """How to dump. ``jobs`` None: as many as there are processors, four at the most."""
+    """How to dump. ``jobs`` None: as many as there are processors, four at the most.
+
+    ``interval_seconds``: the time between two such dumps, to be warned when one takes up more than half of it.
+    ``watch_blocking``: find out whether other sessions wait for the dump's locks.
+    """
 
     jobs: int | None = None
     spool_compression: Literal["auto", "always", "never"] = "auto"
     lock_timeout_seconds: int = 60
     retries: int = 2
     connect_timeout_seconds: int = 10
+    interval_seconds: float | None = None
+    watch_blocking: bool = False
 
     @property
     def parallel_jobs(self) -> int:
@@ -68,6 +77,7 @@ class _Subject:
     """The database to dump, as it was when asked."""
 
     target: postgres.Target
+    application_name: str
     server: postgres.Server
     facts: DatabaseFacts
     pg_dump: pgbinaries.Choice
@@ -84,11 +94,14 @@ def dump_database(
     """Dump ``target`` into ``staged`` and hand it over. Raises ``DatabaseError``, ``ToolError``, ``StorageError``."""
     started = time.monotonic()
     created_at = clock.now()
-    subject = _inspect(target, options)
+    subject = _inspect(target, f"pgkeep-{staged.identifier}", options)
     notes = _concerns(subject)
     for note in notes:
         progress.warn(note)
     notes += _with_retries(staged, subject, options, progress)
+    if late := _lateness(time.monotonic() - started, options.interval_seconds):
+        progress.warn(late)
+        notes.append(late)
     progress.step("dump.assembled")
     request = Request(
         id=staged.identifier,
@@ -148,12 +161,14 @@ def dump_globals(
     return request
 
 
-def _inspect(target: postgres.Target, options: Options) -> _Subject:
+def _inspect(target: postgres.Target, application_name: str, options: Options) -> _Subject:
     with postgres.connect(target, timeout_seconds=options.connect_timeout_seconds) as connection:
         postgres.refuse_transaction_pooling(target, connection)
         server = postgres.inspect_server(connection)
         facts = postgres.read_facts(connection, server.major)
-    return _Subject(target.database(server.database), server, facts, pgbinaries.choose("pg_dump", server.major))
+    named = dict(target.database(server.database).parameters) | {"application_name": application_name}
+    target = dataclasses.replace(target, parameters=tuple(named.items()))
+    return _Subject(target, application_name, server, facts, pgbinaries.choose("pg_dump", server.major))
 
 
 def _concerns(subject: _Subject) -> list[str]:
@@ -169,13 +184,19 @@ def _concerns(subject: _Subject) -> list[str]:
     return concerns
 
 
+def _lateness(seconds: float, interval_seconds: float | None) -> str:
+    if interval_seconds is None or seconds <= WARNING_SHARE_OF_INTERVAL * interval_seconds:
+        return ""
+    share = 100 * seconds / interval_seconds
+    return f"the dump took {seconds:.0f} s: {share:.0f} % of the {interval_seconds:.0f} s between two that are due"
+
+
 def _with_retries(staged: Staged, subject: _Subject, options: Options, progress: Progress) -> list[str]:
     """Dump, again if the failure is of a kind that passes; what had to be done differently comes back."""
     notes: list[str] = []
     for attempt in range(options.retries + 1):
         try:
-            _dump_once(staged, subject, options, progress)
-            return notes
+            return notes + _dump_once(staged, subject, options, progress)
         except DatabaseError as error:
             if attempt == options.retries or not any(words in error.message for words in _PASSING):
                 raise
@@ -190,24 +211,27 @@ def _with_retries(staged: Staged, subject: _Subject, options: Options, progress:
     raise AssertionError("unreachable")
 
 
-def _dump_once(staged: Staged, subject: _Subject, options: Options, progress: Progress) -> None:
+def _dump_once(staged: Staged, subject: _Subject, options: Options, progress: Progress) -> list[str]:
     raw = staged.directory / "raw"
     pool = Pool(staged.directory / "pool")
     try:
         with Compressor(raw, pool, processors()) as compressor:
-            _run_pg_dump(raw, compressor, subject, options, progress)
+            notes = _run_pg_dump(raw, compressor, subject, options, progress)
             progress.step("dump.pg_dump-ended")
             tables = compressor.finish()
         progress.step("dump.compressed")
         pg_restore = subject.pg_dump.installation.tool("pg_restore")
         with staged.new_dump() as descriptor:
             assemble(RawDump(raw, pool, tables, subject.facts.encoding), pg_restore, descriptor)
+        return notes
     finally:
         pool.close()
 
 
-def _run_pg_dump(raw: Path, compressor: Compressor, subject: _Subject, options: Options, progress: Progress) -> None:
-    with postgres.tool_access(subject.target) as (environment, descriptors):
+def _run_pg_dump(
+    raw: Path, compressor: Compressor, subject: _Subject, options: Options, progress: Progress
+) -> list[str]:
+    with postgres.tool_access(subject.target) as (environment, descriptors), _watched(subject, options) as watch:
         command = _pg_dump_command(raw, subject, options)
         raw.mkdir(mode=0o700)
         with process.start(
@@ -221,8 +245,17 @@ def _run_pg_dump(raw: Path, compressor: Compressor, subject: _Subject, options: 
             for _ in _until_ended(running):
                 compressor.sweep()
                 progress.advance(compressor.taken_bytes, subject.server.data_bytes)
+                if watch and (alarm := watch.alarm()):
+                    progress.warn(alarm)
             if running.wait() != 0:
                 raise _failure(running, raw)
+    return watch.notes() if watch else []
+
+
+def _watched(subject: _Subject, options: Options) -> contextlib.AbstractContextManager[blocking.Sampler | None]:
+    if options.watch_blocking:
+        return blocking.sampled(subject.target, subject.application_name)
+    return contextlib.nullcontext()
 
 
 def _until_ended(running: process.Running) -> Iterator[None]:

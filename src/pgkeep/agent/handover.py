@@ -9,11 +9,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from pgkeep.adapters import durable
-from pgkeep.domain import names
+from pgkeep.domain import mailbox, names
+from pgkeep.domain.mailbox import PARTIAL_SUFFIX, READY_SUFFIX
 from pgkeep.domain.request import DUMP_NAME, FILE_NAME, Request, encode
 
-PARTIAL_SUFFIX = ".partial"
-READY_SUFFIX = ".ready"
+# The vault reads what is handed over by its group.
+DIRECTORY_MODE = 0o750
+FILE_MODE = 0o640
 
 
 class Staged:
@@ -30,7 +32,7 @@ class Staged:
     def new_dump(self) -> Iterator[int]:
         """A descriptor to write the artifact to; on leaving without an error it is on the disk."""
         path = self.directory / DUMP_NAME
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o640)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, FILE_MODE)
         try:
             yield descriptor
         finally:
@@ -44,14 +46,26 @@ class Staged:
         for name in ("raw", "shadow"):
             if (self.directory / name).exists():
                 shutil.rmtree(self.directory / name)
-        (self.directory / "pool").unlink(missing_ok=True)
+        for name in ("pool", mailbox.FAILURE_NAME):
+            (self.directory / name).unlink(missing_ok=True)
         (self.directory / FILE_NAME).write_bytes(encode(request))
+        for name in (FILE_NAME, DUMP_NAME):
+            (self.directory / name).chmod(FILE_MODE)
+        self.directory.chmod(DIRECTORY_MODE)
         self.directory.rename(self.ready)
 
+    def foresee(self, failure: mailbox.Failure) -> None:
+        """Write down what is to be said if nobody comes to say it: after ``kill -9`` the next run finds it here."""
+        with durable.explain(self.directory, "writing a report"):
+            (self.directory / mailbox.FAILURE_NAME).write_bytes(mailbox.encode(failure))
+
     def clear(self) -> None:
-        """Back to an empty directory, for another try."""
-        shutil.rmtree(self.directory)
-        self.directory.mkdir(mode=0o700)
+        """Back to the beginning, for another try."""
+        for path in self.directory.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            elif path.name != mailbox.FAILURE_NAME:
+                path.unlink()
 
     def remove(self) -> None:
         """Give up, or clean up after the vault took it."""

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from pgkeep.config import Loaded
     from pgkeep.wiring import Services
 
+# They may lift flags: the right to that is kept, all others are not.
+_WRITING = frozenset({"backup", "cleanup", "vault", "uninstall"})
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
@@ -35,10 +37,22 @@ class Context:
 
     @functools.cached_property
     def services(self) -> Services:
-        """Raises ``ConfigurationError``."""
+        """Raises ``ConfigurationError``, ``ProtectionError``."""
         from pgkeep.wiring import Services
 
+        self._leave_root()
         return Services(self.loaded.settings)
+
+    def _leave_root(self) -> None:
+        """Beside a vault with a user of its own, root is nobody: `docker exec` must not do what the service may not."""
+        user = self.loaded.settings.vault.user
+        if user is None or os.geteuid() != 0:
+            return
+        from pgkeep.adapters import privileges
+
+        command = click.get_current_context(silent=True)
+        verb = command.find_root().invoked_subcommand if command else None
+        (privileges.become if verb in _WRITING else privileges.step_down)(user)
 
 
 def _store(name: str) -> Callable[[click.Context, click.Parameter, Any], None]:

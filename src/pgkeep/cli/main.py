@@ -15,7 +15,23 @@ from pgkeep import __version__
 from pgkeep.cli.context import Context, common_options
 from pgkeep.errors import PgkeepError
 
-_VERBS = ("backup", "list", "show", "diff", "verify", "restore", "cleanup", "doctor", "config", "demo")
+_VERBS = (
+    "backup",
+    "list",
+    "show",
+    "diff",
+    "verify",
+    "restore",
+    "cleanup",
+    "agent",
+    "vault",
+    "extractor",
+    "doctor",
+    "config",
+    "health",
+    "uninstall",
+    "demo",
+)
 _ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 INTERRUPTED = 130
 

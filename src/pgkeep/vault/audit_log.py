@@ -1,38 +1,50 @@
-"""The append-only record of everything that changed the vault, one JSON object a line."""
+"""The append-only record of everything that changed the vault, one JSON object a line, each chained to the one before.
+
+The chain itself is :mod:`pgkeep.domain.audit`. Whoever writes holds the vault's lock: two writers would both follow
+the same line.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import datetime as dt
+import errno
 import os
-from typing import Any
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
 
 import msgspec
 
-from pgkeep.adapters import durable, fsflags
+from pgkeep.adapters import clock, durable, fsflags
+from pgkeep.domain import audit
+from pgkeep.errors import RefusedError
 from pgkeep.vault.layout import Vault
+
+_BLOCK_BYTES = 64 * 1024
+_REMEDY = "find out who put it there, move it away, and let pgkeep begin a new log"
 
 
 def record(vault: Vault, event: str, **details: Any) -> None:
-    """Append a record and wait until it is on the disk. Raises ``StorageError``.
+    """Append a record and wait until it is on the disk. Raises ``StorageError``, ``RefusedError`` (not our log).
 
-    The file is made with the append-only flag where the vault's protection is ``chattr``.
+    The file is made with the append-only flag where the vault's protection is ``chattr``. Details are cut to a
+    bearable size. After a failure half a line may stay; the next record is chained over it.
     """
-    entry = {"time": dt.datetime.now(dt.UTC), "event": event, "by": f"uid {os.getuid()}, pid {os.getpid()}", **details}
-    line = msgspec.json.encode(entry) + b"\n"
     path = vault.layout.audit
-    with durable.explain(path, "writing the audit log"):
-        flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-        descriptor = os.open(path, flags, 0o644)
-        try:
-            if vault.protection == "chattr":
-                # Where logs/ is on a filesystem without flags, :func:`weakness` has said so.
-                with contextlib.suppress(fsflags.UnsupportedFlagsError):
-                    fsflags.set_flag(descriptor, fsflags.APPEND, True)
-            durable.write_all(descriptor, _after_torn_line(descriptor) + line)
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    own = {"time": clock.now(), "event": event, "by": f"uid {os.getuid()}, pid {os.getpid()}"}
+    with durable.explain(path, "writing the audit log"), _opened(path, os.O_RDWR | os.O_APPEND | os.O_CREAT) as log:
+        if vault.protection == "chattr":
+            # Where logs/ is on a filesystem without flags, :func:`weakness` has said so.
+            with contextlib.suppress(fsflags.UnsupportedFlagsError):
+                fsflags.set_flag(log, fsflags.APPEND, True)
+        is_new = os.fstat(log).st_size == 0
+        line = audit.encode(audit.link(_newest_first(log)), own, details)
+        durable.write_all(log, _after_torn_line(log) + line)
+        os.fsync(log)
+    if is_new:
+        with durable.explain(path, "writing the audit log"):
+            durable.fsync_directory(path.parent)
 
 
 def weakness(vault: Vault) -> str:
@@ -47,17 +59,84 @@ def weakness(vault: Vault) -> str:
 
 
 def holds(vault: Vault, event: str, identifier: str) -> bool:
-    """Was this recorded already, before the crash that is being mended? Raises ``StorageError``."""
-    path = vault.layout.audit
-    wanted = (msgspec.json.encode({"event": event})[1:-1], msgspec.json.encode({"id": identifier})[1:-1])
+    """Was this recorded already, before the crash that is being mended? Raises ``StorageError``, ``RefusedError``."""
+    wanted = msgspec.json.encode(identifier)
+    return any(wanted in line and audit.is_about(line, event, identifier) for line in lines_of(vault.layout.audit))
+
+
+def examine(path: Path) -> audit.Examination:
+    """Does the log still hang together? One that does not exist is empty. Raises as :func:`holds`."""
+    return audit.examine(lines_of(path))
+
+
+def lines_of(path: Path) -> Iterator[bytes]:
+    """Every line, the first one first, with its newline; of an overlong one the end, still too long to be a record."""
     with durable.explain(path, "reading the audit log"):
-        if not path.exists():
-            return False
-        with path.open("rb") as lines:
-            return any(line.endswith(b"}\n") and all(part in line for part in wanted) for line in lines)
+        try:
+            with _opened(path, os.O_RDONLY) as log, os.fdopen(os.dup(log), "rb") as file:
+                yield from _bounded_lines(file)
+        except FileNotFoundError:
+            return
 
 
-def _after_torn_line(descriptor: int) -> bytes:
+@contextlib.contextmanager
+def _opened(path: Path, flags: int) -> Iterator[int]:
+    """The log, if that is what is there: a link, a FIFO or another user's file is not written to."""
+    safe = flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+    try:
+        log = os.open(path, safe, 0o644)
+    except OSError as error:
+        if error.errno in {errno.ELOOP, errno.ENXIO, errno.EISDIR}:
+            raise RefusedError(f"{path} is not opened: it is no regular file ({error.strerror})", _REMEDY) from error
+        raise
+    try:
+        facts = os.fstat(log)
+        if not stat.S_ISREG(facts.st_mode):
+            raise RefusedError(f"{path} is not opened: it is no regular file", _REMEDY)
+        # Whoever owns the directory can put any file there: their log is as good as ours.
+        if facts.st_uid not in {os.geteuid(), path.parent.stat().st_uid, 0}:
+            raise RefusedError(f"{path} belongs to uid {facts.st_uid}, who could rewrite it", f"{_REMEDY}, or chown it")
+        yield log
+    finally:
+        os.close(log)
+
+
+def _newest_first(log: int) -> Iterator[bytes]:
+    """The lines from the last one backwards, without newlines, in blocks: the last one costs the same in any log."""
+    position = os.fstat(log).st_size
+    position -= position > 0 and os.pread(log, 1, position - 1) == b"\n"
+    if position == 0 and os.fstat(log).st_size == 0:
+        return
+    line = b""
+    while position > 0:
+        start = max(0, position - _BLOCK_BYTES)
+        *others, last = os.pread(log, position - start, start).split(b"\n")
+        position = start
+        line = _tail(last + line)
+        if others:
+            yield line
+            yield from reversed(others[1:])
+            line = others[0]
+    yield line
+
+
+def _bounded_lines(file: BinaryIO) -> Iterator[bytes]:
+    line = b""
+    while piece := file.readline(_BLOCK_BYTES):
+        line = _tail(line + piece)
+        if piece.endswith(b"\n"):
+            yield line
+            line = b""
+    if line:
+        yield line
+
+
+def _tail(line: bytes) -> bytes:
+    """What is too long stays too long: the chain looks at no more than the last bytes of such a line."""
+    return line[-(audit.LINE_LIMIT_BYTES + 2) :]
+
+
+def _after_torn_line(log: int) -> bytes:
     """A full disk or a power cut may have left half a record, which can't be taken back: it stays a line of its own."""
-    size_bytes = os.fstat(descriptor).st_size
-    return b"" if size_bytes == 0 or os.pread(descriptor, 1, size_bytes - 1) == b"\n" else b"\n"
+    size_bytes = os.fstat(log).st_size
+    return b"" if size_bytes == 0 or os.pread(log, 1, size_bytes - 1) == b"\n" else b"\n"

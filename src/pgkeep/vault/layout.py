@@ -13,6 +13,7 @@ from pathlib import Path
 import msgspec
 
 from pgkeep.adapters import clock, durable, fsflags, protection
+from pgkeep.domain.mailbox import OUTCOMES_DIRECTORY
 from pgkeep.domain.manifest import Protection
 from pgkeep.domain.names import GLOBALS_DIRECTORY, Tier
 from pgkeep.errors import FormatError, ProtectionError, RefusedError, StorageError
@@ -60,6 +61,10 @@ class Layout:
         return self.active / ".quarantine"
 
     @property
+    def outcomes(self) -> Path:
+        return self.active / OUTCOMES_DIRECTORY
+
+    @property
     def logs(self) -> Path:
         return self.root / "logs"
 
@@ -74,6 +79,14 @@ class Layout:
     @property
     def lock(self) -> Path:
         return self.state / "lock"
+
+    @property
+    def health(self) -> Path:
+        return self.state / "health.json"
+
+    @property
+    def inbox(self) -> Path:
+        return self.state / "inbox"
 
     @property
     def audit(self) -> Path:
@@ -212,6 +225,7 @@ def _make_directories(layout: Layout) -> None:
             (layout.active / name).mkdir(mode=_OPEN_MODE, exist_ok=True)
         layout.incoming.mkdir(mode=0o700, exist_ok=True)
         layout.quarantine.mkdir(mode=0o700, exist_ok=True)
+        layout.outcomes.mkdir(mode=_OPEN_MODE, exist_ok=True)
         for path in _content(layout.active):
             if durable.is_temporary(path.name):
                 path.unlink()
@@ -224,7 +238,7 @@ def _content(directory: Path) -> list[Path]:
 
 def _is_of_a_beginning(path: Path) -> bool:
     """What mkfs makes, and what a run leaves that was cut off before it wrote the identity file."""
-    if path.name in (*SEALED_DIRECTORIES, ".quarantine", "lost+found"):
+    if path.name in (*SEALED_DIRECTORIES, ".quarantine", OUTCOMES_DIRECTORY, "lost+found"):
         return not _content(path)
     if path.name == ".incoming":
         return all(each.name.startswith(protection.CANARY_PREFIX) for each in _content(path))

@@ -76,9 +76,18 @@ class _Named:
 
 
 def seal(
-    vault: Vault, staged_name: str, request: Request, tiers: Sequence[Tier], rules: Rules, progress: Progress
+    vault: Vault,
+    staged_name: str,
+    request: Request,
+    tiers: Sequence[Tier],
+    rules: Rules,
+    progress: Progress,
+    *,
+    again: bool = False,
 ) -> tuple[SealedBackup, ...]:
     """Take ``staging/<staged_name>/`` in and seal it under each tier. The staged files stay; the agent removes them.
+
+    ``again``: some name of it is sealed already, and has its identifier.
 
     Raises ``IntegrityError`` for a dump that isn't whole, ``StorageError`` (disk full, read-only, missing
     right), ``RefusedError``. After an error nothing of it is visible.
@@ -92,7 +101,8 @@ def seal(
         if inspection.defects:
             raise IntegrityError("the dump is not whole: " + "; ".join(inspection.defects[:5]), "make it again")
         progress.step("seal.inspected")
-        manifests_of_tiers = _describe(vault, request, _without_repetition(request, tiers, rules), inspection, rules)
+        distinct = _without_repetition(request, tiers, rules)
+        manifests_of_tiers = _describe(vault, request, distinct, inspection, rules, again)
         backups = [
             _Named(
                 manifest,
@@ -121,7 +131,7 @@ def _without_repetition(request: Request, tiers: Sequence[Tier], rules: Rules) -
 
 
 def _describe(
-    vault: Vault, request: Request, tiers: Sequence[Tier], inspection: Inspection, rules: Rules
+    vault: Vault, request: Request, tiers: Sequence[Tier], inspection: Inspection, rules: Rules, again: bool
 ) -> list[Manifest]:
     contents = inspection.contents
     assert contents is not None, "an inspection without defects has read the index"
@@ -129,7 +139,8 @@ def _describe(
         raise IntegrityError(f"the dump holds {contents.kind}, the request says {request.kind}")
     sealed_at = clock.now()
     filename = _free_name(vault, request, tiers, rules)
-    identifiers = [request.id, *(names.new_identifier(sealed_at) for _ in tiers[1:])]
+    first = names.new_identifier(sealed_at) if again else request.id
+    identifiers = [first, *(names.new_identifier(sealed_at) for _ in tiers[1:])]
     return [
         Manifest(
             version=manifests.VERSION,

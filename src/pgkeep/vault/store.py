@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from pgkeep.adapters import clock, durable, fsflags
@@ -30,7 +30,7 @@ class Catalog:
     defects: tuple[str, ...]
 
 
-def read_catalog(layout: Layout) -> Catalog:
+def read_catalog(layout: Layout, decode: Callable[[bytes], manifests.Manifest] = manifests.decode) -> Catalog:
     """Read every manifest. Raises ``NotFoundError`` where there is no vault."""
     if not layout.exists:
         raise NotFoundError(f"there is no vault under {layout.root}", "`pgkeep backup` makes it; or set PGKEEP_ROOT")
@@ -39,14 +39,14 @@ def read_catalog(layout: Layout) -> Catalog:
     for directory in SEALED_DIRECTORIES:
         for path in sorted((layout.active / directory).glob("*" + names.MANIFEST_SUFFIX)):
             try:
-                backups.append(_read(path))
+                backups.append(_read(path, decode))
             except (FormatError, StorageError, NotFoundError, OSError) as error:
                 defects.append(f"{directory}/{path.name}: {error}")
     return Catalog(tuple(backups), tuple(defects))
 
 
-def _read(path: Path) -> SealedBackup:
-    manifest = manifests.decode(read_sidecar(path, manifests.SIZE_LIMIT_BYTES))
+def _read(path: Path, decode: Callable[[bytes], manifests.Manifest]) -> SealedBackup:
+    manifest = decode(read_sidecar(path, manifests.SIZE_LIMIT_BYTES))
     if manifest.filename + names.MANIFEST_SUFFIX != path.name or "/" in manifest.filename:
         raise FormatError(f"it names another file: {manifest.filename!r}")
     missing = tuple(_missing(path.parent / manifest.filename, manifest))

@@ -1,0 +1,1 @@
+"""One-way copies: reads the vault, writes to destinations outside, and looks after what it has put there."""
