@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import os
+import re
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
+
+import pytest
 
 from pgkeep.adapters import process
 from pgkeep.errors import ToolError
@@ -31,14 +35,26 @@ INSERT INTO orders SELECT n, 1 + n % {USERS}, md5(n::text) FROM generate_series(
 """
 # What tests change of the defaults: looks at the destination and health checks that they need not wait for.
 QUICK = {"CHECK_INTERVAL": "2", "PGKEEP_HEALTH_INTERVAL": "2s"}
+# What may lie below active/, seen from there.
+SEALED_NAME = re.compile(
+    r"\./(vault\.json|(hourly|daily|weekly|monthly|yearly|manual|globals)/\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d"
+    r"\.sql\.gz(\.sha256|\.manifest\.json)?)"
+)
 _Found = TypeVar("_Found")
 
 
-def wait_until(condition: Callable[[], _Found], what: str, timeout_seconds: float = WAIT_SECONDS) -> _Found:
-    """The first true answer. Fails the test when there is none in time; ``what`` names what was waited for."""
+def wait_until(
+    condition: Callable[[], _Found],
+    what: str,
+    timeout_seconds: float = WAIT_SECONDS,
+    *,
+    say: Callable[[], str] = str,
+) -> _Found:
+    """The first true answer. Fails the test when there is none in time, with what was waited for and ``say()``."""
     deadline = time.monotonic() + timeout_seconds
     while not (found := condition()):
-        assert time.monotonic() < deadline, f"waited {timeout_seconds:.0f} s in vain for: {what}"
+        if time.monotonic() > deadline:
+            pytest.fail(f"waited {timeout_seconds:.0f} s in vain for: {what}\n{say()}")
         time.sleep(0.25)
     return found
 
@@ -120,6 +136,14 @@ class Stack:
         lines = self.execute("backup-vault", "sh", "-c", script, user=VAULT_UID).stdout.decode().splitlines()
         return {path: digest for digest, path in (line.split("  ", 1) for line in lines)}
 
+    def assert_untouched(self, before: Mapping[str, str]) -> None:
+        """All of an earlier ``digests()`` is as it was, and nothing lies there but backups: new ones are no harm."""
+        now = self.digests()
+        changed = {path for path, digest in before.items() if now.get(path) != digest}
+        assert not changed
+        strangers = {path for path in now if not SEALED_NAME.fullmatch(path)}
+        assert not strangers
+
     def start_application(self) -> None:
         """The database, with users and orders in it; nothing of pgkeep's."""
         self.compose("up", "-d", "db")
@@ -128,10 +152,11 @@ class Stack:
         self.psql(APPLICATION)
 
     def start(self) -> None:
-        """Bring the services up and wait for the first daily backup, sealed and copied. Running ones are left alone."""
+        """Bring the services up and wait for the first backups, sealed and copied. Running ones are left alone."""
         self.compose("up", "-d", *SERVICES)
-        wait_until(lambda: self.sealed("daily"), f"the first daily backup\n{self.trouble()}")
-        wait_until(lambda: self.extracted("daily"), f"its copy\n{self.trouble()}")
+        for tier in ("daily", "globals"):
+            copied = functools.partial(self.extracted, tier)
+            wait_until(copied, f"the first backup in {tier}/ and its copy", say=self.trouble)
 
     def trouble(self) -> str:
         """What the services say and how they are, for a test that fails."""
@@ -146,18 +171,17 @@ class Stack:
         self.compose("down", "--timeout", "1", "--remove-orphans")
         every = self.engine.output("volume", "ls", "--quiet", "--filter", f"name={self.name}").split()
         own = [volume for volume in every if volume.startswith((f"{self.name}-", f"{self.name}_"))]
-        for volume in own:
-            clear_flags(self.engine, volume)
         if own:
+            clear_flags(self.engine, own)
             self.engine.docker("volume", "rm", *own)
         shutil.rmtree(self.directory)
 
 
-def clear_flags(engine: Engine, volume: str) -> None:
+def clear_flags(engine: Engine, volumes: Sequence[str]) -> None:
     """What ``pgkeep uninstall`` does with more care. Its code says nothing: it is not 0 for links."""
-    command = ("chattr", "-R", "-f", "-i", "-a", "/volume")
-    run = ("run", "--rm", "--network", "none", "--cap-add", "LINUX_IMMUTABLE", "--volume", f"{volume}:/volume")
-    engine.docker(*run, images.PYTHON, *command, check=False)
+    run = ("run", "--rm", "--network", "none", "--cap-add", "LINUX_IMMUTABLE")
+    mounts = [f"--volume={volume}:/volumes/{volume}" for volume in volumes]
+    engine.docker(*run, *mounts, images.PYTHON, "chattr", "-R", "-f", "-i", "-a", "/volumes", check=False)
 
 
 def lay_out(

@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 
-from tests.e2e import source
+from tests.e2e import images, source
 from tests.e2e.engine import COMPOSE_VERSIONS, ComposeVersion, Engine
 from tests.e2e.stack import QUICK, SERVICES
 
 DEPLOY = source.PROJECT / "deploy"
+POLICY = ("BACKUP_SCHEDULE", "BACKUP_RETENTION", "BACKUP_TIMEZONE")
 # An application as there are many: a version line, networks and a secret of its own.
 APPLICATION = """
 version: "3.8"
@@ -86,9 +87,10 @@ def test_variables_reach_both_who_make_backups_and_who_keep_them(
         assert services[name]["container_name"] == f"shop-{name}-1"
         assert services[name]["healthcheck"] == {"interval": "2s"}
     policies = [
-        {key: value for key, value in services[name]["environment"].items() if key.startswith("BACKUP_")}
+        {key: value for key, value in services[name]["environment"].items() if key.startswith(POLICY)}
         for name in ("backup-agent", "backup-vault")
     ]
+    assert len(policies[0]) == 13
     assert policies[0] == policies[1]
 
 
@@ -142,6 +144,15 @@ def test_images_run_as_they_should(engine: Engine, context: Path, target: str) -
     assert configuration["Entrypoint"] is None
     assert configuration["Healthcheck"]["Test"] == ["CMD", "pgkeep", "health", target]
     assert configuration.get("StopSignal", "SIGTERM") == "SIGTERM"
+
+
+def test_the_agent_has_the_programs_of_the_servers_major(engine: Engine, context: Path) -> None:
+    dockerfile = context / "deploy" / "docker" / "Dockerfile"
+    for major in images.POSTGRES_MAJORS:
+        chosen = ("--target", "agent", "--build-arg", f"PG_MAJOR={major}", "--tag", f"agent:{major}")
+        engine.docker("build", "--file", dockerfile, *chosen, context, environment={"DOCKER_BUILDKIT": "0"})
+        printed = engine.output("run", "--rm", "--network", "none", f"agent:{major}", "pg_dump", "--version")
+        assert printed.startswith(f"pg_dump (PostgreSQL) {major}.")
 
 
 @pytest.mark.parametrize(

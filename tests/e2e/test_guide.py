@@ -10,6 +10,7 @@ from __future__ import annotations
 import datetime as dt
 import hashlib
 import json
+import os
 import re
 import time
 
@@ -74,7 +75,7 @@ class TestSteps:
 
     def test_5_logs_tell_of_the_backup(self, project: Stack) -> None:
         """They follow without end, so they are left after a while."""
-        wait_until(lambda: project.extracted("daily"), f"the first copy\n{project.trouble()}")
+        wait_until(lambda: project.extracted("daily"), "the first copy", say=project.trouble)
         followed = "timeout 3 docker-compose logs -f backup-agent backup-extractor"
         printed = project.shell(followed).stdout.decode()
         newest = project.sealed("daily")[-1]
@@ -97,7 +98,7 @@ class TestSteps:
         done = stack.shell(f'{append} || echo "✅ Immutable protection working!"')
         assert done.stdout.decode() == "✅ Immutable protection working!\n"
         assert "Operation not permitted" in done.stderr
-        assert stack.digests() == before
+        stack.assert_untouched(before)
 
     def test_6_the_copy_is_there(self, today: Stack) -> None:
         listed = today.said("ls -lah external_storage/daily/$(date +%Y-%m-%d)/")
@@ -115,8 +116,7 @@ class TestTests:
 
     def test_1_manual_creation(self, stack: Stack) -> None:
         before = stack.sealed("daily")
-        stack.said(f"docker exec {AGENT} /usr/local/bin/backup.py daily")
-        (made,) = set(stack.sealed("daily")) - set(before)
+        made = _backed_up(stack, "daily")
         assert made > before[-1]
         assert made in stack.said(f"docker exec {AGENT} ls -lah /backups/active/daily/")
 
@@ -129,7 +129,7 @@ class TestTests:
   echo 'hack' >> \\$BACKUP_FILE
 " 2>&1 | grep -q "Operation not permitted" && echo "✅ PASS: Cannot modify" || echo "❌ FAIL: Can modify"''')  # noqa: W291
         assert printed == "✅ PASS: Cannot modify\n"
-        assert stack.digests() == before
+        stack.assert_untouched(before)
 
     @pytest.mark.parametrize("user", ["", "-u 0 "], ids=["agent", "root"])
     def test_2_cannot_delete(self, stack: Stack, user: str) -> None:
@@ -140,7 +140,7 @@ class TestTests:
   rm \\$BACKUP_FILE
 " 2>&1 | grep -q "Operation not permitted" && echo "✅ PASS: Cannot delete" || echo "❌ FAIL: Can delete"''')  # noqa: W291
         assert printed == "✅ PASS: Cannot delete\n"
-        assert stack.digests() == before
+        stack.assert_untouched(before)
 
     def test_3_the_extractor_only_reads(self, stack: Stack) -> None:
         before = stack.digests()
@@ -149,14 +149,15 @@ class TestTests:
   echo 'test' > test.txt
 " 2>&1 | grep -q "Read-only file system" && echo "✅ PASS: Extractor read-only" || echo "❌ FAIL: Extractor can write"''')  # noqa: W291, E501
         assert printed == "✅ PASS: Extractor read-only\n"
-        assert stack.digests() == before
+        stack.assert_untouched(before)
 
     def test_3_a_forced_pass_returns(self, stack: Stack) -> None:
         """With every backup copied, and without a second loop beside the service."""
+        sealed = stack.sealed("daily")
         begun = time.monotonic()
         stack.said(f"docker exec {EXTRACTOR} /usr/local/bin/extractor.py", timeout_seconds=60)
         assert time.monotonic() - begun < 30.0
-        assert {path.name for path in stack.extracted("daily")} == set(stack.sealed("daily"))
+        assert set(sealed) <= {path.name for path in stack.extracted("daily")}
         assert len(stack.said(f"docker top {EXTRACTOR} -o pid,args").splitlines()) == 2
 
     def test_3_external_storage(self, today: Stack) -> None:
@@ -175,17 +176,23 @@ class TestTests:
 done
 """)
         assert [line for line in printed.splitlines() if line.startswith("Verifying")] == [f"Verifying {_shown(today)}"]
-        assert printed.count(": OK\n") == len(list(there[0].glob("*.sha256"))) > 0
+        checked = set(re.findall("(.+): OK\n", printed))
+        assert (
+            {name.removesuffix(".sha256") for name in os.listdir(there[0]) if name.endswith(".sha256")}
+            >= checked
+            > set()
+        )
 
     def test_4_with_a_subshell_it_sees_all(self, today: Stack) -> None:
         there = sorted(path for path in today.external.glob(f"*/{_day()}") if path.is_dir())
+        checksummed = {path.stem for each in there for path in each.glob("*.sha256")}
         printed = today.said("""for dir in external_storage/*/$(date +%Y-%m-%d)/; do
   echo "Verifying $dir"
   (cd "$dir" && sha256sum -c *.sha256)
 done
 """)
         assert printed.count("Verifying") == len(there)
-        assert printed.count(": OK\n") == sum(len(list(each.glob("*.sha256"))) for each in there)
+        assert set(re.findall("(.+): OK\n", printed)) >= checksummed
 
     def test_5_disaster_recovery(self, today: Stack) -> None:
         create = f'docker exec {DATABASE} psql -U app -d postgres -c "CREATE DATABASE test_restore;"'
@@ -235,7 +242,9 @@ class TestMonitoring:
         guide = f'echo "{tier}: $(docker exec {AGENT} ls {directory}/*.sql.gz 2>/dev/null | wc -l)"'
         assert stack.said(guide) == f"{tier}: 0\n"
         working = f"echo \"{tier}: $(docker exec {AGENT} sh -c 'ls {directory}/*.sql.gz' 2>/dev/null | wc -l)\""
-        assert stack.said(working) == f"{tier}: {len(stack.sealed(tier.lower()))}\n"
+        sealed = len(stack.sealed(tier.lower()))
+        counted = int(stack.said(working).removeprefix(f"{tier}: "))
+        assert 0 < sealed <= counted
 
     def test_disk_usage(self, stack: Stack) -> None:
         done = stack.shell(f"docker exec {AGENT} du -sh /backups/active/*")
@@ -254,18 +263,20 @@ class TestMaintenance:
     @pytest.mark.parametrize("tier", ["hourly", "daily", "weekly"])
     def test_manual_trigger(self, stack: Stack, tier: str) -> None:
         before = stack.sealed(tier)
-        stack.said(f"docker exec {AGENT} /usr/local/bin/backup.py {tier}")
-        assert len(stack.sealed(tier)) == len(before) + 1
+        made = _backed_up(stack, tier)
+        assert made not in before
+        assert made in stack.sealed(tier)
 
     def test_force_extraction(self, stack: Stack) -> None:
+        sealed = {tier: stack.sealed(tier) for tier in ("hourly", "daily", "weekly", "globals")}
         stack.said(f"docker exec {EXTRACTOR} /usr/local/bin/extractor.py")
-        for tier in ("hourly", "daily", "weekly"):
-            assert [path.name for path in stack.extracted(tier)] == stack.sealed(tier)
+        for tier, names in sealed.items():
+            assert set(names) <= {path.name for path in stack.extracted(tier)}
 
     @pytest.mark.parametrize("first", ["+49", "+1"], ids=["guide", "every"])
     def test_removing_by_hand_is_refused(self, stack: Stack, first: str) -> None:
         """The guide's loop has nothing to do before the 49th backup, so it is tried on all of them too."""
-        before = stack.digests()
+        before, sealed = stack.digests(), len(stack.sealed("hourly"))
         printed = stack.shell(f'''docker exec {AGENT} sh -c "
   cd /backups/active/hourly &&
   for file in \\$(ls -t *.sql.gz | tail -n {first}); do
@@ -274,9 +285,9 @@ class TestMaintenance:
   done
 "''')
         refusals = printed.stderr.count("rm: cannot remove")
-        assert refusals == (0 if first == "+49" else 3 * len(stack.sealed("hourly")))
+        assert refusals == 0 if first == "+49" else refusals >= 3 * sealed > 0
         assert printed.stderr.count("Operation not permitted") >= refusals
-        assert stack.digests() == before
+        stack.assert_untouched(before)
 
 
 class TestTroubleshooting:
@@ -284,8 +295,9 @@ class TestTroubleshooting:
         done = stack.shell(f"docker exec {AGENT} ls -l /backups/active/daily/*.sql.gz")
         assert done.return_code != 0
         assert "No such file or directory" in done.stderr
+        sealed = len(stack.sealed("daily"))
         lines = stack.said(f"docker exec {AGENT} sh -c 'ls -ln /backups/active/daily/*.sql.gz'").splitlines()
-        assert len(lines) == len(stack.sealed("daily"))
+        assert len(lines) >= sealed > 0
         assert all(re.match(r"-r--r----- +\d+ 10002 10002 ", line) for line in lines), lines
 
     def test_database_connection(self, stack: Stack) -> None:
@@ -305,7 +317,7 @@ class TestTroubleshooting:
         before = stack.digests()
         printed = stack.said(f"docker exec {AGENT} /usr/local/bin/backup.py cleanup")
         assert re.match(r"0 removed, [1-9]\d* kept", printed)
-        assert stack.digests() == before
+        stack.assert_untouched(before)
 
 
 class TestChecklist:
@@ -315,7 +327,7 @@ class TestChecklist:
         def all_healthy() -> bool:
             return all(stack.health(service) == "healthy" for service in SERVICES)
 
-        wait_until(all_healthy, f"health\n{stack.trouble()}")
+        wait_until(all_healthy, "health", say=stack.trouble)
         assert [stack.inspect(service, "{{.RestartCount}}") for service in SERVICES] == ["0", "0", "0"]
 
     def test_networks(self, stack: Stack) -> None:
@@ -357,6 +369,15 @@ class TestChecklist:
         for service in ("db", *SERVICES):
             assert stack.password not in stack.inspect(service, "{{json .}}")
             assert stack.password not in stack.logs(service)
+
+
+def _backed_up(stack: Stack, tier: str) -> str:
+    """Run the guide's command; the dump that it says it made, which must be where the tier is."""
+    done = stack.shell(f"docker exec {AGENT} /usr/local/bin/backup.py {tier}")
+    assert done.return_code == 0, done.stderr
+    found = re.search(rf"sealed app_db as {tier}/({DUMP.pattern}) ", done.stderr)
+    assert found, done.stderr
+    return found[1]
 
 
 def _day() -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 from tests.e2e.conftest import NewStack
-from tests.e2e.stack import AGENT_UID
+from tests.e2e.stack import AGENT_UID, Stack
 
 FILES = "docker-compose.yml:pgkeep/deploy/compose.no-flags.yaml"
 
@@ -19,11 +19,11 @@ def test_modes_and_a_read_only_mount_protect_without_flags(new_stack: NewStack) 
     path = f"/backups/active/daily/{dump}"
 
     for user in (AGENT_UID, 0):
-        for attempt in (f"echo hack >> {path}", f"rm -f {path}", f"mv {path} {path}.old", "touch /backups/active/x"):
-            done = stack.execute("backup-agent", "sh", "-c", attempt, user=user, check=False)
-            assert done.return_code != 0
-            assert "Read-only file system" in done.stderr
-    assert stack.digests() == before
+        # The owner forbids the first before the mount is asked.
+        assert "Permission denied" in _refusal(stack, user, f"echo hack >> {path}")
+        for attempt in (f"rm -f {path}", f"mv {path} {path}.old", "touch /backups/active/x", f"chmod 777 {path}"):
+            assert "Read-only file system" in _refusal(stack, user, attempt)
+    stack.assert_untouched(before)
 
     manifest = stack.execute("backup-agent", "cat", f"{path}.manifest.json").stdout
     assert json.loads(manifest)["protection"] == "mode"
@@ -33,3 +33,9 @@ def test_modes_and_a_read_only_mount_protect_without_flags(new_stack: NewStack) 
     assert "i" not in flags.split()[0]
     # The agent hears from the vault all the same.
     assert b"0 removed" in stack.execute("backup-agent", "backup.py", "cleanup").stdout
+
+
+def _refusal(stack: Stack, user: int, attempt: str) -> str:
+    done = stack.execute("backup-agent", "sh", "-c", attempt, user=user, check=False)
+    assert done.return_code != 0
+    return done.stderr

@@ -283,7 +283,8 @@ def test_a_dump_that_holds_others_up_warns_and_says_so_in_the_manifest(
         stdout, stderr = running.communicate(timeout=30)
     assert running.returncode == 0, stderr
     assert "hold up other sessions" in stderr
-    assert any("held up 1 other sessions" in note for note in json.loads(stdout)["notes"])
+    notes = json.loads(stdout)["notes"]
+    assert any("held up other sessions (1)" in note for note in notes), notes
 
 
 # ---------------------------------------------------------------- the service
@@ -293,6 +294,10 @@ def test_a_dump_that_holds_others_up_warns_and_says_so_in_the_manifest(
 def serving_agent(keeper: Keeper, **variables: str) -> Iterator[Service]:
     with serving({**keeper.environment, **variables}, keeper.root.with_name("agent.log"), "agent") as running:
         yield running
+
+
+def wait_for_starts(agent: Service, count: int) -> None:
+    agent.wait_for(lambda: agent.log.count("has started") == count)
 
 
 def healthy(keeper: Keeper) -> bool:
@@ -317,9 +322,9 @@ def test_the_service_makes_the_first_backup_once_and_idles_lightly(keeper: Keepe
         assert agent.cpu_seconds - before <= 0.05
         assert agent.rss_bytes <= IDLE_LIMIT_BYTES
         assert agent.stop()[0] == 0
-    for count in (2, 3):
+    for starts in (2, 3):
         with serving_agent(keeper) as agent:
-            agent.wait_for(lambda: agent.log.count("has started") == count)
+            wait_for_starts(agent, starts)
             code, seconds = agent.stop()
             assert (code, seconds < 2) == (0, True)
     assert manifests(keeper) == made

@@ -23,7 +23,7 @@ STARTER_MODULES = {"subprocess", "pty", "commands"}
 STARTER_PREFIXES = ("exec", "posix_spawn", "spawn")
 STARTERS = {"popen", "startfile", "system", "create_subprocess_exec", "create_subprocess_shell"}
 # What the configuration may lean on, besides the standard library and msgspec.
-CONFIGURATION = {"config", "config.py", "configuration_sources.py"}
+CONFIGURATION = {"config", "settings.py", "config.py", "configuration_sources.py"}
 CONFIGURATION_MAY_IMPORT = ("pgkeep.settings", "pgkeep.domain", "pgkeep.errors", "pgkeep.progress", "pgkeep.config")
 
 

@@ -62,9 +62,8 @@ class Sampler:
         """What is worth keeping with the backup, once the dump is over."""
         found = []
         if self.longest_seconds > WARNING_SECONDS:
-            found.append(
-                f"the dump's locks held up {self.sessions} other sessions, the longest for {self.longest_seconds:.0f} s"
-            )
+            whom = f"other sessions ({self.sessions}), one of them for {self.longest_seconds:.0f} s"
+            found.append(f"the dump's locks held up {whom}")
         if self.failure:
             found.append(f"whether the dump held up other sessions was not measured to its end: {self.failure}"[:1000])
         return found

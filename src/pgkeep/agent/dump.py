@@ -81,6 +81,7 @@ class _Subject:
     server: postgres.Server
     facts: DatabaseFacts
     pg_dump: pgbinaries.Choice
+    watch: blocking.Sampler | None = None
 
 
 def processors() -> int:
@@ -98,7 +99,9 @@ def dump_database(
     notes = _concerns(subject)
     for note in notes:
         progress.warn(note)
-    notes += _with_retries(staged, subject, options, progress)
+    with _watched(subject, options) as watch:
+        notes += _with_retries(staged, dataclasses.replace(subject, watch=watch), options, progress)
+    notes += watch.notes() if watch else []
     if late := _lateness(time.monotonic() - started, options.interval_seconds):
         progress.warn(late)
         notes.append(late)
@@ -196,7 +199,8 @@ def _with_retries(staged: Staged, subject: _Subject, options: Options, progress:
     notes: list[str] = []
     for attempt in range(options.retries + 1):
         try:
-            return notes + _dump_once(staged, subject, options, progress)
+            _dump_once(staged, subject, options, progress)
+            return notes
         except DatabaseError as error:
             if attempt == options.retries or not any(words in error.message for words in _PASSING):
                 raise
@@ -211,27 +215,24 @@ def _with_retries(staged: Staged, subject: _Subject, options: Options, progress:
     raise AssertionError("unreachable")
 
 
-def _dump_once(staged: Staged, subject: _Subject, options: Options, progress: Progress) -> list[str]:
+def _dump_once(staged: Staged, subject: _Subject, options: Options, progress: Progress) -> None:
     raw = staged.directory / "raw"
     pool = Pool(staged.directory / "pool")
     try:
         with Compressor(raw, pool, processors()) as compressor:
-            notes = _run_pg_dump(raw, compressor, subject, options, progress)
+            _run_pg_dump(raw, compressor, subject, options, progress)
             progress.step("dump.pg_dump-ended")
             tables = compressor.finish()
         progress.step("dump.compressed")
         pg_restore = subject.pg_dump.installation.tool("pg_restore")
         with staged.new_dump() as descriptor:
             assemble(RawDump(raw, pool, tables, subject.facts.encoding), pg_restore, descriptor)
-        return notes
     finally:
         pool.close()
 
 
-def _run_pg_dump(
-    raw: Path, compressor: Compressor, subject: _Subject, options: Options, progress: Progress
-) -> list[str]:
-    with postgres.tool_access(subject.target) as (environment, descriptors), _watched(subject, options) as watch:
+def _run_pg_dump(raw: Path, compressor: Compressor, subject: _Subject, options: Options, progress: Progress) -> None:
+    with postgres.tool_access(subject.target) as (environment, descriptors):
         command = _pg_dump_command(raw, subject, options)
         raw.mkdir(mode=0o700)
         with process.start(
@@ -245,11 +246,10 @@ def _run_pg_dump(
             for _ in _until_ended(running):
                 compressor.sweep()
                 progress.advance(compressor.taken_bytes, subject.server.data_bytes)
-                if watch and (alarm := watch.alarm()):
+                if subject.watch and (alarm := subject.watch.alarm()):
                     progress.warn(alarm)
             if running.wait() != 0:
                 raise _failure(running, raw)
-    return watch.notes() if watch else []
 
 
 def _watched(subject: _Subject, options: Options) -> contextlib.AbstractContextManager[blocking.Sampler | None]:

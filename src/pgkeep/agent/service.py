@@ -9,7 +9,6 @@ import contextlib
 import dataclasses
 import datetime as dt
 import os
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -17,6 +16,7 @@ from typing import NoReturn
 from pgkeep.adapters import clock, durable, lock
 from pgkeep.agent import backups, entries, run, state
 from pgkeep.agent.child import Child, Ended, Log
+from pgkeep.agent.pauses import Pauses
 from pgkeep.domain import health, schedule
 from pgkeep.domain.names import Tier
 from pgkeep.errors import BusyError, ConfigurationError, DatabaseError, PgkeepError, RefusedError, UsageError
@@ -89,7 +89,8 @@ class Service:
         return self._child is not None
 
     def run(self) -> NoReturn:
-        """Until an exception, which is how signals come. Raises ``BusyError`` where another agent is at work."""
+        """Until a signal ends it, as an exception. Raises ``BusyError`` where another agent is at work."""
+        pauses = Pauses()
         entries.prepare(self._setup.staging)
         with contextlib.ExitStack() as stack:
             stack.enter_context(lock.locked(self._setup.staging / LOCK_NAME, _TAKEOVER_SECONDS))
@@ -97,7 +98,7 @@ class Service:
             self.begin()
             while True:
                 self.tick()
-                time.sleep(BUSY_PAUSE_SECONDS if self._child else IDLE_PAUSE_SECONDS)
+                pauses.pause(BUSY_PAUSE_SECONDS if self._child else IDLE_PAUSE_SECONDS)
 
     def begin(self) -> None:
         """Raises ``StorageError``, ``ConfigurationError``."""
