@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +12,13 @@ import pytest
 from pgkeep.adapters.scratch_cluster import ScratchCluster
 from tests import clusters
 from tests.clusters import AWKWARD_TEMPLATE, MAJORS, Clusters, Database, LoopFilesystem, NewDatabase
+
+
+def pytest_configure() -> None:
+    """Under nohup, or in the background of a shell, programs that tests start would ignore what tests send them."""
+    for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, usual)
 
 
 @pytest.fixture(scope="session")

@@ -158,8 +158,7 @@ def test_root_without_the_capability_does_not_claim_immutability(temporary: Path
     ],
 )
 def test_an_interruption_leaves_nothing(temporary: Path, after: str, number: signal.Signals, code: int) -> None:
-    # Under nohup the tests themselves, and so the demo, would ignore a hangup.
-    demo = start_demo(temporary, prefix=("env", "--default-signal=HUP"))
+    demo = start_demo(temporary)
     for line in demo.stderr:
         if after in line:
             break

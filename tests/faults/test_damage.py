@@ -151,14 +151,18 @@ def test_a_journal_that_makes_no_sense(machine: Machine, content: str) -> None:
     machine.assert_whole()
 
 
+def place(directory: str, filename: str, inodes: dict[str, int]) -> dict[str, object]:
+    return {"directory": directory, "filename": filename, "inodes": inodes}
+
+
 def test_a_journal_that_lies(machine: Machine) -> None:
     """Names that hold other inodes than it speaks of are not touched; names that lead away are refused."""
     machine.backup()
     backup = machine.backups()[0]
     name = backup.manifest.filename
-    entry = {"id": "20260101T000000Z-abcdef", "action": "expire", "directory": "manual", "filename": name}
+    entry = {"id": "20260101T000000Z-abcdef", "action": "expire"}
     path = machine.layout.journal / "20260101T000000Z-abcdef.json"
-    path.write_text(json.dumps({**entry, "inodes": {name: 1, f"{name}.manifest.json": 2}}))
+    path.write_text(json.dumps({**entry, "places": [place("manual", name, {name: 1, f"{name}.manifest.json": 2})]}))
     machine.run("backup").must()
     assert backup.manifest.id in machine.identifiers()
     machine.assert_whole()
@@ -167,7 +171,7 @@ def test_a_journal_that_lies(machine: Machine) -> None:
     (outside / "file").write_text("mine")
     inode = (outside / "file").stat().st_ino
     for directory, lure in (("../outside", "file"), ("manual", "../../outside/file")):
-        path.write_text(json.dumps({**entry, "directory": directory, "filename": lure, "inodes": {lure: inode}}))
+        path.write_text(json.dumps({**entry, "places": [place(directory, lure, {lure: inode})]}))
         machine.run("backup").must(7)
         assert (outside / "file").read_text() == "mine"
     path.unlink()

@@ -257,6 +257,25 @@ def test_an_empty_directory_where_the_vault_was_is_not_taken_for_a_new_one(vault
     assert os.listdir(vault.layout.active) == []
 
 
+def test_a_vault_that_has_moved_is_served_at_its_new_place_only(vault: Daemon) -> None:
+    vault.environment["PGKEEP_VAULT_USER"] = ""
+    vault.start()
+    identifier = vault.stage()
+    vault.outcome(identifier)
+    vault.stop()
+    new = vault.root.parent / "new"
+    moved = vault.run("vault", "move", str(new))
+    assert moved.returncode == 0, moved.stderr
+    vault.start()
+    assert vault.wait() == 11
+    assert f"was moved from here to {new}" in vault.said()
+    with daemon(new, user=None) as there:
+        there.start()
+        other = there.stage()
+        assert there.outcome(other).state == "sealed"
+        assert there.names_of(identifier) == [Tier.HOURLY]
+
+
 def test_something_is_mounted_over_the_vault_while_it_runs(vault: Daemon) -> None:
     vault.start()
     vault.until(lambda: "is open" in vault.said())

@@ -230,7 +230,9 @@ def test_files_that_pg_dump_compressed_come_back(small_chunks: None, workshop: W
     assert list(workshop.raw.iterdir()) == []
 
 
-@pytest.mark.parametrize("data", [gzip.compress(b"1\n", mtime=0), gzip.compress(b"1\n" + DATA_END, mtime=0)[:-9], b"no gzip", b""])
+@pytest.mark.parametrize(
+    "data", [gzip.compress(b"1\n", mtime=0), gzip.compress(b"1\n" + DATA_END, mtime=0)[:-9], b"no gzip", b""]
+)
 def test_a_broken_one_of_these_is_an_error(small_chunks: None, workshop: Workshop, data: bytes) -> None:
     (workshop.raw / "9.dat.gz").write_bytes(data)
     with pytest.raises(FormatError, match=r"9\.dat"):

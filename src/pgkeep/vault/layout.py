@@ -17,6 +17,7 @@ from pgkeep.domain.mailbox import OUTCOMES_DIRECTORY
 from pgkeep.domain.manifest import Protection
 from pgkeep.domain.names import GLOBALS_DIRECTORY, Tier
 from pgkeep.errors import FormatError, ProtectionError, RefusedError, StorageError
+from pgkeep.vault import moved
 
 FORMAT = 1
 IDENTITY_NAME = "vault.json"
@@ -160,6 +161,8 @@ def open_vault(layout: Layout, wanted: protection.Wanted) -> Vault:
     ``RefusedError`` (made by a newer pgkeep, or something else lives there), ``StorageError``.
     """
     prepare_root(layout)
+    # Before anything else: an old place that was moved away from may have lost its identity already.
+    moved.refuse(layout.state)
     fresh = not layout.exists
     if fresh:
         _make_directories(layout)

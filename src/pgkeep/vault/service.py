@@ -19,7 +19,7 @@ from pgkeep.domain import admission, retention
 from pgkeep.domain.names import Tier
 from pgkeep.domain.retention import Decision
 from pgkeep.errors import FormatError, PgkeepError, RefusedError, StorageError
-from pgkeep.vault import condition, expire, inbox, seal, staging, store
+from pgkeep.vault import condition, expire, inbox, moved, seal, staging, store
 from pgkeep.vault.condition import Condition, Heartbeat, Pulse
 from pgkeep.vault.holdings import Holdings
 from pgkeep.vault.inspector import InspectorGoneError
@@ -236,7 +236,8 @@ class Service:
 
 
 def require_known(layout: Layout) -> None:
-    """Raises ``RefusedError`` where ``active/`` is not the vault that the state belongs to: is it mounted?"""
+    """Raises ``RefusedError`` where ``active/`` is not, or not any more, the vault that the state belongs to."""
+    moved.refuse(layout.state)
     path = layout.state / _KNOWN_NAME
     try:
         known = msgspec.json.decode(path.read_bytes(), type=Identity)
