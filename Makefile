@@ -45,10 +45,10 @@ test: $(READY)
 lint: lint-rules lint-format lint-types lint-imports
 
 lint-rules: $(READY)
-	$(PY) -m ruff check $(SOURCES)
+	$(PY) -m ruff check $(SOURCES) deploy
 
 lint-format: $(READY)
-	$(PY) -m ruff format --check $(SOURCES)
+	$(PY) -m ruff format --check $(SOURCES) deploy
 
 lint-types: $(READY)
 	$(PY) -m mypy $(SOURCES)

@@ -11,7 +11,7 @@ FILES = "docker-compose.yml:pgkeep/deploy/compose.no-flags.yaml"
 
 
 def test_modes_and_a_read_only_mount_protect_without_flags(new_stack: NewStack) -> None:
-    stack = new_stack("no-flags", {"COMPOSE_FILE": FILES, "PGKEEP_PROTECTION": "mode"})
+    stack = new_stack("no-flags", {"COMPOSE_FILE": FILES})
     stack.start_application()
     stack.start()
     before = stack.digests()

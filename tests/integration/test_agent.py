@@ -148,6 +148,8 @@ def test_one_database_that_fails_does_not_keep_the_others_from_their_backup(
     assert (answer.code, shown["ok"], shown["exit_code"]) == (4, False, 4)
     assert [failure["subject"] for failure in shown["failures"]] == ["nowhere"]
     assert {each["database"] for each in shown["backups"]} == {database.name, ""}
+    # The vault knows nothing of the agent's databases; that there are several shows in the files' names.
+    assert [each["path"] for each in shown["backups"] if each["path"].endswith(f".{database.name}.sql.gz")]
     # The reason reaches the audit log, and what carried it there goes with the next run.
     wait_for(lambda: audit(keeper, "backup failed"))
     assert "nowhere" in json.dumps(audit(keeper, "backup failed"))

@@ -270,7 +270,7 @@ def test_the_service_ends_at_once_and_stays_small(own: Outside) -> None:
         assert resident_kib <= 50 * 1024
         before = time.monotonic()
         service.send_signal(signal.SIGTERM)
-        service.wait(timeout=5)
+        assert service.wait(timeout=5) == 0
         assert time.monotonic() - before < 2
 
 

@@ -57,6 +57,7 @@ class Options:
 
     ``interval_seconds``: the time between two such dumps, to be warned when one takes up more than half of it.
     ``watch_blocking``: find out whether other sessions wait for the dump's locks.
+    ``is_one_of_several``: the vault names files by their database too.
     """
 
     jobs: int | None = None
@@ -66,6 +67,7 @@ class Options:
     connect_timeout_seconds: int = 10
     interval_seconds: float | None = None
     watch_blocking: bool = False
+    is_one_of_several: bool = False
 
     @property
     def parallel_jobs(self) -> int:
@@ -118,6 +120,7 @@ def dump_database(
         dump_seconds=time.monotonic() - started,
         facts=subject.facts,
         notes=tuple(notes),
+        is_one_of_several=options.is_one_of_several,
     )
     staged.hand_over(request)
     progress.step("dump.handed-over")

@@ -231,7 +231,10 @@ def _require_attentive_vault(staging: Path) -> None:
 def _subjects(setup: Setup, tiers: Sequence[Tier], progress: Progress) -> list[_Subject]:
     databases = setup.databases()
     options = dataclasses.replace(
-        setup.options, interval_seconds=_shortest_interval_seconds(setup, tiers), watch_blocking=True
+        setup.options,
+        is_one_of_several=len(databases) > 1,
+        interval_seconds=_shortest_interval_seconds(setup, tiers),
+        watch_blocking=True,
     )
 
     def of(name: str | None) -> _Dump:

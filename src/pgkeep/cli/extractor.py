@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -101,7 +102,13 @@ def _serve(context: Context) -> None:
 
     settings = context.services.settings
     log = ServiceLog("extractor", settings.log.format)
-    Service(context.services.extractor(), log, settings.extractor.check_interval_seconds).run()
+    try:
+        Service(context.services.extractor(), log, settings.extractor.check_interval_seconds).run()
+    except SystemExit as ending:
+        if ending.code != 128 + signal.SIGTERM:
+            raise
+        # Asked to stop, and stopped as it should: no failure for whoever started it.
+        log.note("stopped")
 
 
 def _document(report: Report) -> dict[str, Any]:

@@ -34,6 +34,8 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     dump_seconds: Annotated[float, msgspec.Meta(ge=0)]
     facts: DatabaseFacts | None = None
     notes: tuple[_Short, ...] = ()
+    # One of several databases: its name goes into the file's.
+    is_one_of_several: bool = False
 
 
 def encode(request: Request) -> bytes:

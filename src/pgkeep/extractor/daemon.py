@@ -17,6 +17,8 @@ HEALTH_NAME: Final = ".health.json"
 _BEAT_SECONDS: Final = health.INTERVAL_SECONDS * 2 / 3
 # When another pass is under way, or the vault is yet to be made.
 _SOON_SECONDS: Final = 10.0
+# A new deployment is watched: its first backup is copied when it is sealed, not an interval later.
+_BEGINNING_SECONDS: Final = 900.0
 # Of many troubles of one kind, so many are named.
 _NAMED_AT_MOST: Final = 10
 
@@ -37,6 +39,7 @@ class Service:
         self._interval_seconds = check_interval_seconds
         self._problems: tuple[str, ...] = ()
         self._last_beat: float | None = None
+        self._beginning_ends = time.monotonic() + _BEGINNING_SECONDS
 
     def run(self) -> NoReturn:
         """Until a signal ends the process."""
@@ -78,6 +81,10 @@ class Service:
                 pause_seconds = min(_SOON_SECONDS, self._interval_seconds)
         else:
             self._report(report)
+            if report.extracted:
+                self._beginning_ends = 0.0
+            elif time.monotonic() < self._beginning_ends:
+                pause_seconds = min(_SOON_SECONDS, self._interval_seconds)
         self._beat()
         return pause_seconds
 

@@ -193,7 +193,9 @@ class Intake:
 
     def _take_wish(self, entry: Entry) -> Outcome:
         mailbox.decode_ask(self._read(f"{entry.name}/{mailbox.ASK_NAME}"))
-        return _outcome(entry.id, "done", self._desk.clean_up())
+        said = self._desk.clean_up()
+        self._desk.throttle.record("cleanup asked", id=entry.id, told_by="agent", outcome=said)
+        return _outcome(entry.id, "done", said)
 
     def _read(self, path: str) -> bytes:
         return receive.read_small(self._desk.vault.layout, path, mailbox.SIZE_LIMIT_BYTES)

@@ -179,7 +179,8 @@ def _free_name(vault: Vault, request: Request, tiers: Sequence[Tier], rules: Rul
     The agent's moment is believed only where it is plausible by the vault's clock.
     """
     directories = [names.GLOBALS_DIRECTORY] if request.kind == "globals" else [tier.value for tier in tiers]
-    database = request.database if rules.named_by_database and request.kind == "database" else None
+    is_named = (rules.named_by_database or request.is_one_of_several) and request.kind == "database"
+    database = request.database if is_named else None
     now = clock.now()
     moment = request.created_at if now - PLAUSIBLE_AGE <= request.created_at <= now else now
     while True:

@@ -19,7 +19,7 @@ from pgkeep.domain import admission, retention
 from pgkeep.domain.names import Tier
 from pgkeep.domain.retention import Decision
 from pgkeep.errors import FormatError, PgkeepError, RefusedError, StorageError
-from pgkeep.vault import condition, expire, inbox, moved, seal, staging, store
+from pgkeep.vault import audit_log, condition, expire, inbox, moved, seal, staging, store
 from pgkeep.vault.condition import Condition, Heartbeat, Pulse
 from pgkeep.vault.holdings import Holdings
 from pgkeep.vault.inspector import InspectorGoneError
@@ -153,6 +153,7 @@ class Service:
         for wish in inbox.pending(self._layout):
             try:
                 answer = inbox.Answer(id=wish.id, decisions=inbox.lines(self._clean_up()))
+                audit_log.record(self._vault, "cleanup asked", id=wish.id, told_by="vault's user")
             except PgkeepError as error:
                 self._pulse.warn(f"the wish {wish.id} was not fulfilled: {error.message}")
                 answer = inbox.Answer(id=wish.id, error=error.message, hint=error.hint, exit_code=error.exit_code)
