@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable, Iterator
 from typing import Literal
 
@@ -22,12 +23,18 @@ class Check:
 
 
 def guarded(name: str, look: Callable[[], Iterator[Check]]) -> list[Check]:
-    """All that ``look`` finds; an error on the way is its last finding, so that the other checks still run."""
+    """All that ``look`` finds; an error on the way is its last finding, so that the other checks still run.
+
+    What another role's user keeps to itself is no failure of this one's.
+    """
     found: list[Check] = []
     try:
         found.extend(look())
     except PgkeepError as error:
         found.append(failed(name, error))
+    except PermissionError as error:
+        text = f"{error.filename} can't be looked at by user id {os.geteuid()}"
+        found.append(Check(name, "warn", text, "run doctor as the user that it belongs to"))
     return found
 
 
