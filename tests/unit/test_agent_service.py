@@ -337,7 +337,7 @@ def test_a_silent_vault_is_a_problem(bench: Bench) -> None:
     bench.pass_time(55 * MINUTE, 5 * MINUTE)
     assert bench.problems() == ()
     bench.pass_time(10 * MINUTE, 5 * MINUTE)
-    assert bench.problems() == ("the vault is silent: 1 things wait for it, the oldest since 2026-11-24 10:30 UTC",)
+    assert bench.problems() == ("the vault is silent: what was handed over waits since 2026-11-24 10:30 UTC (1)",)
 
 
 def test_what_the_vault_answers_late_is_cleared_between_the_runs(bench: Bench) -> None:

@@ -300,7 +300,7 @@ class Service:
         if not silent:
             return []
         since = min(each.since for each in silent)
-        return [f"the vault is silent: {len(silent)} things wait for it, the oldest since {since:%Y-%m-%d %H:%M} UTC"]
+        return [f"the vault is silent: what was handed over waits since {since:%Y-%m-%d %H:%M} UTC ({len(silent)})"]
 
     def _problems(self) -> tuple[str, ...]:
         unreachable = f"the database can't be reached: {self._database.message}" if self._database.failures else ""

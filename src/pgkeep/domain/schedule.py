@@ -4,6 +4,9 @@ A slot is a moment that an expression names. As in Debian's cron, expressions wh
 follow the clock that never jumps; the others follow the clock on the wall: a slot in the hour that a zone skips in
 spring comes once, at that hour's end, and one in the hour that is repeated in autumn comes once, the first time.
 All moments that come out are in UTC.
+
+Where clocks are set back by half an hour (Lord Howe Island alone), cronsim 2.8 passes over the next slot of an
+expression like ``0 */6 * * *``: one run a year comes a slot late there.
 """
 
 from __future__ import annotations
