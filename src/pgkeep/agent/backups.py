@@ -27,6 +27,8 @@ def is_backed_up(directory: Path, database: str | None, since: dt.datetime) -> b
 
     Raises ``StorageError``.
     """
+    # A name tells whole seconds.
+    since = since.replace(microsecond=0)
     return any(moment >= since and database in (None, of) for moment, of in _backups(directory))
 
 

@@ -154,12 +154,9 @@ class Intake:
 
     def _seal(self, entry: Entry, request: Request, decision: Admission) -> None:
         desk = self._desk
-        databases = {backup.manifest.database for backup in desk.holdings.backups if backup.manifest.kind == "database"}
-        named = desk.rules.named_by_database or bool(databases - {request.database})
-        rules = dataclasses.replace(desk.rules, named_by_database=named)
         again = bool(decision.present)
         try:
-            sealed = seal.seal(desk.vault, entry.name, request, decision.tiers, rules, desk.progress, again=again)
+            sealed = seal.seal(desk.vault, entry.name, request, decision.tiers, desk.rules, desk.progress, again=again)
         except (PgkeepError, OSError) as error:
             # It may have come to the commit all the same; then it is sealed, whatever went wrong after.
             desk.holdings.read()
