@@ -211,7 +211,7 @@ def test_odd_but_lawful_requests_are_sealed_where_they_belong(vault: Daemon) -> 
 
 def test_a_name_that_is_too_long_for_a_files_is_refused(vault: Daemon) -> None:
     """Where several databases share the vault, files are named by them."""
-    identifier = vault.stage(Tier.HOURLY, database="é" * 400, system_identifier="long")
+    identifier = vault.stage(Tier.HOURLY, database="é" * 400, system_identifier="long", is_one_of_several=True)
     outcome = vault.outcome(identifier)
     assert (outcome.state, "too long" in outcome.message) == ("refused", True)
     _clear(vault)
