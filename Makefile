@@ -88,7 +88,7 @@ lock: python
 	test -x .venv-lock/bin/uv || $(PYTHON) -m venv --clear .venv-lock
 	.venv-lock/bin/python -m pip install $(PIP_QUIET) uv
 	$(COMPILE) pyproject.toml --extra dev $(if $(UPGRADE),--upgrade) --output-file $(LOCK)
-	$(COMPILE) pyproject.toml --constraint $(LOCK) --output-file requirements/runtime.lock
+	$(COMPILE) pyproject.toml --extra s3 --constraint $(LOCK) --output-file requirements/runtime.lock
 	echo 'hatchling' | $(COMPILE) - --constraint $(LOCK) --output-file requirements/build.lock
 
 clean:

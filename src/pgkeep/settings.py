@@ -92,20 +92,82 @@ class Agent(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
 
 class Vault(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The vault as a service: whom it becomes when it is started as root (None: nobody else), and how many different
-    databases it takes from its agent."""
+    """The vault as a service: whom it becomes when it is started as root (None: nobody else), how many different
+    databases it takes from its agent, and which destinations must hold the newest backups before those may expire."""
 
     user: str | None = None
     subjects: int = 64
+    required_destinations: tuple[str, ...] = ()
+
+
+class DirectoryDestination(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A directory or mounted share. Days within which every copy is read in full again; seconds between two looks
+    (None: the extractor's). ``retention``: what may leave the destination (None: nothing ever does)."""
+
+    name: str = "external"
+    path: Path = Path("/external")
+    mode: Literal["0444", "0440", "0400"] = "0444"
+    required: bool = False
+    interval_seconds: int | None = None
+    recheck_days: int | None = 7
+    retention: Retention | None = None
+
+
+class S3Destination(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A bucket, and the folder in it. Without keys the client's own ways are used (environment, role).
+
+    ``lock_mode`` None: objects are not locked by us. A lock lasts as long as the vault keeps the backup, or
+    ``lock_days`` if that is set; never longer than ``lock_days_maximum``.
+    """
+
+    name: str = "s3"
+    bucket: str
+    prefix: str = ""
+    endpoint: str | None = None
+    region: str | None = None
+    access_key_id: Secret | None = None
+    secret_access_key: Secret | None = None
+    session_token: Secret | None = None
+    profile: str | None = None
+    path_style: bool = False
+    ca_file: Path | None = None
+    lock_mode: Literal["COMPLIANCE", "GOVERNANCE"] | None = "COMPLIANCE"
+    lock_days: int | None = None
+    lock_days_maximum: int = 400
+    prolong_locks: bool = False
+    storage_class: str | None = None
+    encryption: Literal["AES256", "aws:kms"] | None = None
+    kms_key: str | None = None
+    checksums: Literal["when_supported", "when_required"] = "when_supported"
+    part_size_bytes: int = 16 * _MIB
+    required: bool = False
+    interval_seconds: int | None = None
+    recheck_days: int | None = None
+    retention: Retention | None = None
+
+
+class RsyncDestination(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A directory on a server with SSH and rsync: ``target`` is ``[user@]host:/path``. Nothing is ever deleted there."""
+
+    name: str = "rsync"
+    target: str
+    port: int = 22
+    key_file: Path
+    known_hosts_file: Path
+    bandwidth_limit_kib: int | None = None
+    required: bool = False
+    interval_seconds: int | None = None
+    recheck_days: int | None = 30
+
+
+Destination = DirectoryDestination | S3Destination | RsyncDestination
 
 
 class Extractor(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The one-way copies: where to, with what mode, and within how many days each is read in full again."""
+    """The one-way copies: where to, and how often the vault is looked at for new backups."""
 
     check_interval_seconds: int = 300
-    external_directory: Path = Path("/external")
-    external_mode: Literal["0444", "0440", "0400"] = "0444"
-    recheck_days: int = 7
+    destinations: tuple[Destination, ...] = (DirectoryDestination(),)
 
 
 class Log(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
