@@ -83,12 +83,13 @@ python:
 	  echo "$(PYTHON) can't make virtual environments. As root: apt-get install python3-venv" >&2; exit 1; }
 
 # The resolver writes one lock for every supported Python; it names packages and hashes, never where they lie.
-# The images get two parts of it, in the same versions: what runs, and what builds.
+# The images get three parts of it, in the same versions: what runs, what runs in the extractor, and what builds.
 lock: python
 	test -x .venv-lock/bin/uv || $(PYTHON) -m venv --clear .venv-lock
 	.venv-lock/bin/python -m pip install $(PIP_QUIET) uv
 	$(COMPILE) pyproject.toml --extra dev $(if $(UPGRADE),--upgrade) --output-file $(LOCK)
-	$(COMPILE) pyproject.toml --extra s3 --constraint $(LOCK) --output-file requirements/runtime.lock
+	$(COMPILE) pyproject.toml --constraint $(LOCK) --output-file requirements/runtime.lock
+	$(COMPILE) pyproject.toml --extra s3 --constraint $(LOCK) --output-file requirements/extractor.lock
 	echo 'hatchling' | $(COMPILE) - --constraint $(LOCK) --output-file requirements/build.lock
 
 clean:

@@ -80,6 +80,32 @@ class Footprint:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Peak:
+    """An extraction's peak of resident memory, in bytes, with a backup of ``size_bytes``."""
+
+    what: str
+    size_bytes: int
+    seconds: float
+    memory_bytes: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Fetch:
+    """What was fetched to restore one table from afar.
+
+    ``table_bytes``: of its compressed rows. ``fetched_bytes``: of the dump, by pgkeep's own account.
+    ``received_bytes``: of all answers' bodies, seen on the way.
+    """
+
+    database: str
+    table: str
+    table_bytes: int
+    fetched_bytes: int
+    received_bytes: int
+    requests: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class DatabaseFigures:
     """A generated database: its COPY text and data files in bytes, its tables and rows."""
 
@@ -134,3 +160,24 @@ def judge_footprints(footprints: Sequence[Footprint], limit_bytes: int, limit_gr
             growth = same[-1].memory_bytes / same[0].memory_bytes
             verdicts.append(Verdict(f"{what}, growth when the data grows {times:.1f}-fold", limit_growth, growth, "×"))
     return verdicts
+
+
+def judge_peaks(peaks: Sequence[Peak], limit_bytes: int) -> list[Verdict]:
+    """For each way outside: the highest peak at any size."""
+    highest: dict[str, int] = {}
+    for each in peaks:
+        highest[each.what] = max(each.memory_bytes, highest.get(each.what, 0))
+    return [Verdict(f"{what}: peak memory", limit_bytes, memory_bytes, "MB") for what, memory_bytes in highest.items()]
+
+
+def judge_fetches(fetches: Sequence[Fetch], limit_bytes: int) -> list[Verdict]:
+    """For each table: what came beyond its own bytes."""
+    return [
+        Verdict(
+            f"`{each.table}` of {each.database} from S3: bytes received beyond the table's",
+            limit_bytes,
+            each.received_bytes - each.table_bytes,
+            "MB",
+        )
+        for each in fetches
+    ]

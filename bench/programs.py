@@ -18,8 +18,8 @@ from pgkeep.errors import ToolError
 Command = Sequence[str | os.PathLike[str]]
 SOURCE = Path(__file__).parents[1] / "src"
 SAMPLE_SECONDS = 0.02
-# Whatever the caller's environment says of databases and vaults must not reach a measured program.
-FOREIGN_PREFIXES = ("PGKEEP_", "DB_", "BACKUP_", "PG")
+# Whatever the caller's environment says of databases, vaults and destinations must not reach a measured program.
+FOREIGN_PREFIXES = ("PGKEEP_", "DB_", "BACKUP_", "PG", "EXTERNAL_", "S3_", "RSYNC_", "AWS_", "RCLONE_")
 KEPT = "PGKEEP_PG_BIN"
 
 
@@ -33,7 +33,9 @@ def run(command: Command, environment: Mapping[str, str] | None = None) -> bytes
     """Run to the end; its output. Raises ``ToolError``."""
     completed = process.run(command, environment=environment)
     if completed.return_code != 0:
-        raise _failure(command, completed.return_code, completed.stderr)
+        # With --json pgkeep says there what went wrong.
+        told = completed.stderr + completed.stdout.decode(errors="replace")
+        raise _failure(command, completed.return_code, told)
     return completed.stdout
 
 

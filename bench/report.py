@@ -6,7 +6,7 @@ import dataclasses
 import datetime as dt
 from collections.abc import Iterable, Mapping, Sequence
 
-from bench.figures import PGKEEP, DatabaseFigures, Footprint, Race, Ratio, Timing, Verdict
+from bench.figures import PGKEEP, DatabaseFigures, Fetch, Footprint, Peak, Race, Ratio, Timing, Verdict
 
 GENERATED = "<!-- Written by `make bench`: the next run replaces this page. Remarks belong into REMARKS.md. -->"
 Row = Sequence[str]
@@ -35,6 +35,8 @@ class Results:
     databases: tuple[DatabaseFigures, ...] = ()
     races: tuple[Race, ...] = ()
     footprints: tuple[Footprint, ...] = ()
+    peaks: tuple[Peak, ...] = ()
+    fetches: tuple[Fetch, ...] = ()
     starts: Race | None = None
     verdicts: tuple[Verdict, ...] = ()
 
@@ -46,7 +48,9 @@ def page(results: Results, remarks: str) -> str:
         _targets(results.verdicts),
         _databases(results.databases),
         *(_race(race) for race in results.races),
+        _fetches(results.fetches),
         _footprints(results.footprints),
+        _peaks(results.peaks),
         _starts(results.starts),
         _setting(results.setting),
         remarks,
@@ -136,6 +140,34 @@ def _footprints(footprints: Sequence[Footprint]) -> str:
         " disk, looked at every 20 ms, files without a name included."
     )
     return f"## Memory and disk\n\n{explained}\n\n{table(headings, rows)}" if rows else ""
+
+
+def _peaks(peaks: Sequence[Peak]) -> str:
+    rows = [
+        (each.what, megabytes(each.size_bytes), megabytes(each.memory_bytes), f"{each.seconds:.1f}") for each in peaks
+    ]
+    return "## Memory of extraction\n\n" + table(("", "backup, MB", "memory, MB", "seconds"), rows) if rows else ""
+
+
+def _fetches(fetches: Sequence[Fetch]) -> str:
+    rows = [
+        (
+            f"`{each.table}` of {each.database}",
+            megabytes(each.table_bytes),
+            megabytes(each.fetched_bytes),
+            megabytes(each.received_bytes),
+            megabytes(each.received_bytes - each.table_bytes),
+            str(each.requests),
+        )
+        for each in fetches
+    ]
+    headings = ("table", "its bytes, MB", "fetched of the dump, MB", "received in all, MB", "beyond its own, MB",
+                "requests")  # fmt: skip
+    explained = (
+        "Its bytes are its compressed rows in the backup. What is received in all was counted between server and"
+        " pgkeep: lists, manifest, index and every other answer's body."
+    )
+    return f"## One table from S3: bytes\n\n{explained}\n\n{table(headings, rows)}" if rows else ""
 
 
 def _starts(race: Race | None) -> str:

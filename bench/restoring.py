@@ -60,7 +60,7 @@ def run(backups: Prepared, figures: DatabaseFigures, rounds: int, say: Say) -> R
 
     title = f"restore of {figures.name}"
     contenders = [Contender(PGKEEP, pgkeep), Contender(PLAIN, _plain(backups)), Contender(PARALLEL, _parallel(backups))]
-    timings = race(title, contenders, rounds, lambda: _arena(backups.databases), say)
+    timings = race(title, contenders, rounds, lambda: arena(backups.databases), say)
     return Race(title, timings, figures.text_bytes, (of_which(phases),))
 
 
@@ -72,7 +72,7 @@ def run_one_table(backups: Prepared, figures: DatabaseFigures, rounds: int, say:
 
     title = f"restore of one small table of {figures.name}"
     contenders = [Contender(PGKEEP, pgkeep), Contender(ONE_TABLE, _parallel(backups, f"--table={SMALL_TABLE}"))]
-    timings = race(title, contenders, rounds, lambda: _arena(backups.databases), say)
+    timings = race(title, contenders, rounds, lambda: arena(backups.databases), say)
     return Race(title, timings)
 
 
@@ -99,7 +99,8 @@ def _parallel(backups: Prepared, *more: str) -> Any:
 
 
 @contextlib.contextmanager
-def _arena(databases: Databases) -> Iterator[str]:
+def arena(databases: Databases) -> Iterator[str]:
+    """The name of a database to be made; what was done before is on the disk."""
     with databases.unused_name() as name:
         databases.settle()
         workspace.settle()

@@ -16,17 +16,32 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from bench import backing_up, databases, figures, footprint, machine, programs, report, restoring, starting, workspace
+from bench import (
+    backing_up,
+    databases,
+    extracting,
+    fetching,
+    figures,
+    footprint,
+    machine,
+    object_storage,
+    programs,
+    report,
+    restoring,
+    starting,
+    workspace,
+)
 from bench.databases import KINDS, Databases
-from bench.figures import DatabaseFigures, Footprint, Race, RatioTarget, Verdict
+from bench.figures import DatabaseFigures, Fetch, Race, RatioTarget, Verdict
 from bench.report import Results, Setting
 from bench.workspace import Workspace
 from pgkeep.adapters.scratch_cluster import ScratchCluster
 from pgkeep.errors import PgkeepError, UsageError
 
-PARTS = ("backup", "restore", "table", "startup", "memory")
+PARTS = ("backup", "restore", "table", "extraction", "upload", "fetch", "startup", "memory")
 RESULTS = Path(__file__).with_name("RESULTS.md")
 REMARKS = Path(__file__).with_name("REMARKS.md")
+OF_BACKUPS = {"restore", "table", "fetch"}
 # Room on the disk: write-ahead log and the like, then for each unit of scale both databases, one of them restored
 # and every contender's output; and for the largest database of the memory's part itself, its backup, its copy.
 BASE_BYTES = 5_000_000_000
@@ -98,46 +113,78 @@ def measure(plan: Plan, space: Workspace, major: int | None) -> Results:
 def _measure_parts(plan: Plan, made: Databases, space: Workspace, setting: Setting) -> Results:
     started = time.monotonic()
     sources: list[DatabaseFigures] = []
-    if plan.parts & {"backup", "restore", "table"}:
+    if plan.parts & {"backup", *OF_BACKUPS}:
         sources = [made.provide(kind, plan.scale) for kind in plan.kinds]
     races: list[Race] = []
     if "backup" in plan.parts:
         races += [
             backing_up.run(made, source, plan.rounds, space, say, everybody=source is sources[0]) for source in sources
         ]
+    fetches: list[Fetch] = []
     for source in sources:
-        races += _restores(plan, made, source, space)
+        races += _restores(plan, made, source, space, fetches)
+    races += _extractions(plan, made, space)
     starts = starting.run(made, space, say) if "startup" in plan.parts else None
     scales = [plan.scale * each for each in plan.memory_scales]
-    peaks = footprint.run(made, plan.kinds, scales, space, say) if "memory" in plan.parts else []
+    footprints = footprint.run(made, plan.kinds, scales, space, say) if "memory" in plan.parts else []
+    peaks = object_storage.peaks(made, [*map(_backup_bytes, scales)], space, say) if "memory" in plan.parts else []
+    verdicts = [
+        *_verdicts(races, starts),
+        *figures.judge_fetches(fetches, fetching.LIMIT_BYTES),
+        *figures.judge_footprints(footprints, footprint.MEMORY_LIMIT_BYTES, footprint.GROWTH_LIMIT),
+        *figures.judge_peaks(peaks, extracting.MEMORY_LIMIT_BYTES),
+    ]
     return Results(
         setting=setting,
         seconds=time.monotonic() - started,
         databases=tuple(sources),
         races=tuple(races),
-        footprints=tuple(peaks),
+        footprints=tuple(footprints),
+        peaks=tuple(peaks),
+        fetches=tuple(fetches),
         starts=starts,
-        verdicts=tuple(_verdicts(races, peaks, starts)),
+        verdicts=tuple(verdicts),
     )
 
 
-def _restores(plan: Plan, made: Databases, source: DatabaseFigures, space: Workspace) -> Iterator[Race]:
-    if not plan.parts & {"restore", "table"}:
+def _restores(
+    plan: Plan, made: Databases, source: DatabaseFigures, space: Workspace, fetches: list[Fetch]
+) -> Iterator[Race]:
+    """What is fetched for one table is added to ``fetches``."""
+    if not plan.parts & OF_BACKUPS:
         return
     with restoring.prepared(made, source.name, space, say) as backups:
         if "restore" in plan.parts:
             yield restoring.run(backups, source, plan.rounds, say)
         if "table" in plan.parts:
             yield restoring.run_one_table(backups, source, plan.rounds, say)
+        if "fetch" in plan.parts:
+            timed, counted = fetching.run(backups, source, plan.rounds, space, say)
+            fetches += counted
+            yield timed
 
 
-def _verdicts(races: Sequence[Race], peaks: Sequence[Footprint], starts: Race | None) -> Iterator[Verdict]:
-    """Every target that this run can say something about."""
-    targets: tuple[RatioTarget, ...] = (*backing_up.TARGETS, *restoring.TARGETS)
+def _extractions(plan: Plan, made: Databases, space: Workspace) -> Iterator[Race]:
+    if not plan.parts & {"extraction", "upload"}:
+        return
+    with extracting.vault(made, _backup_bytes(plan.scale), space, say) as sealed:
+        if "extraction" in plan.parts:
+            yield extracting.run(sealed, plan.rounds, space, say)
+        if "upload" in plan.parts:
+            yield object_storage.run(sealed, plan.rounds, space, say)
+
+
+def _backup_bytes(scale: float) -> int:
+    return int(extracting.BYTES_OF_SCALE * scale)
+
+
+def _verdicts(races: Sequence[Race], starts: Race | None) -> Iterator[Verdict]:
+    """Every target of time that this run can say something about."""
+    ways_outside = (*extracting.TARGETS, *object_storage.TARGETS)
+    targets: tuple[RatioTarget, ...] = (*backing_up.TARGETS, *restoring.TARGETS, *ways_outside)
     for race in races:
         present = {timing.contender for timing in race.timings}
         yield from (target.judge(race) for target in targets if target.baseline in present)
-    yield from figures.judge_footprints(peaks, footprint.MEMORY_LIMIT_BYTES, footprint.GROWTH_LIMIT)
     if starts is not None:
         yield figures.judge_start(starts, starting.VERSION, starting.VERSION_LIMIT_SECONDS)
 

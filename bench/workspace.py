@@ -79,13 +79,18 @@ def remove(path: Path) -> None:
     if not path.is_dir() or path.is_symlink():
         path.unlink()
         return
+    unseal(path)
+    shutil.rmtree(path)
+
+
+def unseal(path: Path) -> None:
+    """Every file of a tree may be removed or replaced afterwards. Raises ``OSError``."""
     if os.geteuid() == 0:
         # Its code says nothing: it is non-zero for sockets and for filesystems without flags.
         process.run(["chattr", "-R", "-f", "-i", "-a", path])
     else:
         for directory, _, _ in os.walk(path):
             os.chmod(directory, 0o700)
-    shutil.rmtree(path)
 
 
 def settle() -> None:

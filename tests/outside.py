@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from pgkeep import config
-from pgkeep.domain import names
+from pgkeep.adapters import clock
+from pgkeep.domain import health, names
 from pgkeep.extractor.extract import Extractor
 from pgkeep.wiring import Services
 from tests import clusters
@@ -68,16 +69,50 @@ class Outside:
 
     def extractor(self, **environment: str) -> Extractor:
         """As the service builds it, in this process."""
-        return Services(config.load(None, {**self.machine.environment, **environment}, {}).settings).extractor()
+        (made,) = self.services(**environment).extractors()
+        return made
+
+    def services(self, **environment: str) -> Services:
+        return Services(config.load(None, {**self.machine.environment, **environment}, {}).settings)
 
     def run(self, *arguments: str, code: int = 0, **more: Any) -> str:
         """``pgkeep extractor``; it must end with ``code``. What it said on stderr."""
         return self.machine.run("extractor", *arguments, **more).must(code).stderr
 
     def once(self, code: int = 0, **more: Any) -> dict[str, Any]:
-        """A pass, as ``--json`` shows it."""
-        shown: dict[str, Any] = self.machine.run("extractor", "once", "--json", **more).must(code).json
-        return shown
+        """A pass to the one destination, as ``--json`` shows it."""
+        return only(self.machine.run("extractor", "once", "--json", **more).must(code).json)
+
+    @contextlib.contextmanager
+    def serving(self, interval_seconds: int = 1) -> Iterator[subprocess.Popen[str]]:
+        """The service, until the end of the block."""
+        service = self.machine.start("extractor", environment={"CHECK_INTERVAL": str(interval_seconds)})
+        try:
+            yield service
+        finally:
+            service.kill()
+            service.communicate()
+
+    def word(self) -> health.Health:
+        """The service's own word."""
+        return health.decode((self.extracted / ".health.json").read_bytes())
+
+    def is_well(self) -> bool:
+        return (self.extracted / ".health.json").exists() and not self.word().problems
+
+    def configure(self, text: str) -> None:
+        """Let this TOML be the configuration file."""
+        file = self.root.with_name("pgkeep.toml")
+        file.write_text(text)
+        self.machine.environment["PGKEEP_CONFIG"] = str(file)
+
+    def sealed(self, path: str, ago: dt.timedelta) -> None:
+        """Let its manifest say that it was made and sealed so long ago."""
+        file = self.active / (path + names.MANIFEST_SUFFIX)
+        facts = json.loads(file.read_text())
+        moment = (clock.now() - ago).isoformat()
+        file.unlink()
+        file.write_text(json.dumps(facts | {"created_at": moment, "sealed_at": moment}))
 
     def sources(self) -> list[str]:
         """Every backup's path below ``active/``."""
@@ -117,10 +152,13 @@ class Outside:
         return [record["event"] for record in self.audit() if path is None or record.get("path") == path]
 
     def files(self) -> set[str]:
-        """Everything at the destination but the marker."""
+        """Everything at the destination but the marker and the anchors of the audit log."""
         paths = (path for path in self.external.rglob("*") if not path.is_dir() and path.name != "ballast")
-        names_found = {str(path.relative_to(self.external)) for path in paths}
+        names_found = {str(path.relative_to(self.external)) for path in paths if not self._is_anchor(path)}
         return {name for name in names_found if ".fuse_hidden" not in name} - {".pgkeep-destination.json"}
+
+    def _is_anchor(self, path: Path) -> bool:
+        return path.is_relative_to(self.external / "anchors") and path.suffix == ".json"
 
     def expected(self, *paths: str) -> set[str]:
         """The files of whole copies of these backups."""
@@ -142,6 +180,14 @@ class Outside:
                 copy = self.copy(path + suffix)
                 if copy.exists():
                     assert digest(copy) == digest(self.active / (path + suffix)), copy
+
+
+def only(document: dict[str, Any]) -> dict[str, Any]:
+    """The one destination of a ``--json`` document."""
+    (made,) = document["destinations"]
+    assert made["ok"] == document["ok"]
+    found: dict[str, Any] = made
+    return found
 
 
 def digest(path: Path) -> str:

@@ -1,4 +1,4 @@
-"""Everything that can be set, as frozen structs. What may be given for each, and where, is ``config.py``'s table."""
+"""Everything that can be set, as frozen structs. What may be given for each, and where, is the table in ``config``."""
 
 from __future__ import annotations
 
@@ -100,20 +100,26 @@ class Vault(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     required_destinations: tuple[str, ...] = ()
 
 
-class DirectoryDestination(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A directory or mounted share. Days within which every copy is read in full again; seconds between two looks
-    (None: the extractor's). ``retention``: what may leave the destination (None: nothing ever does)."""
+class DirectoryDestination(
+    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="kind", tag="directory"
+):
+    """A directory or mounted share.
+
+    Of every kind: ``required``: trouble with it is trouble at once, else after a day; ``interval_seconds`` between two
+    looks (None: the extractor's); ``recheck_days``: within which every copy is read in full again (None: never);
+    ``retention``: what may leave it (None: nothing ever does).
+    """
 
     name: str = "external"
     path: Path = Path("/external")
     mode: Literal["0444", "0440", "0400"] = "0444"
-    required: bool = False
+    required: bool = True
     interval_seconds: int | None = None
     recheck_days: int | None = 7
     retention: Retention | None = None
 
 
-class S3Destination(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class S3Destination(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="kind", tag="s3"):
     """A bucket, and the folder in it. Without keys the client's own ways are used (environment, role).
 
     ``lock_mode`` None: objects are not locked by us. A lock lasts as long as the vault keeps the backup, or
@@ -140,14 +146,16 @@ class S3Destination(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     kms_key: str | None = None
     checksums: Literal["when_supported", "when_required"] = "when_supported"
     part_size_bytes: int = 16 * _MIB
-    required: bool = False
+    required: bool = True
     interval_seconds: int | None = None
     recheck_days: int | None = None
     retention: Retention | None = None
 
 
-class RsyncDestination(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A directory on a server with SSH and rsync: ``target`` is ``[user@]host:/path``. Nothing is ever deleted there."""
+class RsyncDestination(
+    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="kind", tag="rsync"
+):
+    """A directory on a server with SSH and rsync: ``target`` is ``[user@]host:/path``. Nothing ever leaves it."""
 
     name: str = "rsync"
     target: str
@@ -155,7 +163,7 @@ class RsyncDestination(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     key_file: Path
     known_hosts_file: Path
     bandwidth_limit_kib: int | None = None
-    required: bool = False
+    required: bool = True
     interval_seconds: int | None = None
     recheck_days: int | None = 30
 
@@ -164,10 +172,16 @@ Destination = DirectoryDestination | S3Destination | RsyncDestination
 
 
 class Extractor(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The one-way copies: where to, and how often the vault is looked at for new backups."""
+    """The one-way copies: where to, and how often the vault is looked at for new backups.
+
+    ``s3_defaults`` and ``rsync_defaults`` are what a place that is named on the command line alone (``s3://``,
+    ``ssh://``) is opened with; None where no keys are given for it.
+    """
 
     check_interval_seconds: int = 300
     destinations: tuple[Destination, ...] = (DirectoryDestination(),)
+    s3_defaults: S3Destination = S3Destination(bucket="")
+    rsync_defaults: RsyncDestination | None = None
 
 
 class Log(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

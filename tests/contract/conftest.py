@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.contract.filesystems import cleared
-from tests.contract.places import Place
+pytest.register_assert_rewrite("tests.contract.destination_contract")
+
+from tests.contract.filesystems import cleared  # noqa: E402 - the line above comes first
+from tests.contract.places import Place  # noqa: E402
 
 
 @pytest.fixture

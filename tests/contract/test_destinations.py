@@ -1,48 +1,26 @@
-"""What every destination must do, whatever it is made of: a further kind is one more parameter of ``subject``."""
+"""Directories as destinations: what all kinds must do, and what only filesystems can suffer."""
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
 import os
 import stat
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from pgkeep.adapters import durable
-from pgkeep.adapters.destinations import NOT_A_FILE, Content, Destination
+from pgkeep.adapters.destinations import NOT_A_FILE
 from pgkeep.adapters.destinations.directory import DirectoryDestination
-from pgkeep.errors import FormatError, IntegrityError, NotFoundError, RefusedError, StorageError
+from pgkeep.errors import RefusedError, StorageError
 from pgkeep.progress import Silent
 from tests import clusters
 from tests.contract import filesystems
+from tests.contract.destination_contract import FOLDER, MIB, NAME, PATH, DestinationContract, Subject, content_of
 from tests.contract.filesystems import as_ordinary_user, forbidding, opened, run_python
 
-MIB = 1 << 20
-FOLDER = "daily/2026-11-23"
-PATH = f"{FOLDER}/2026-11-23_00-00-00.sql.gz"
-NAME = PATH.rpartition("/")[2]
+STEPS = ("store.created", "store.written", "store.flushed", "store.compared")
 mount = filesystems.parametrized(filesystems.KINDS)
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Subject:
-    """A destination, and hands that reach behind it: as another program, or an accident, would."""
-
-    kind: str
-    destination: Destination
-    put: Callable[[str, bytes], None]
-    get: Callable[[str], bytes]
-    names: Callable[[str], set[str]]
-    source: Path
-
-    def store(self, data: bytes, path: str = PATH, content: Content | None = None, aside: str | None = None) -> None:
-        self.source.write_bytes(data)
-        with self.destination.opened() as place, opened(self.source) as source:
-            place.store(path, source, content or content_of(data), Silent(), aside)
 
 
 @pytest.fixture
@@ -61,133 +39,28 @@ def directory_subject(kind: str, path: Path, elsewhere: Path, mode: int = 0o444)
 
     def names(folder: str) -> set[str]:
         # libfuse hides an unlinked file that is open, and removes it afterwards.
-        return {name for name in os.listdir(path / folder) if not name.startswith(".fuse_hidden")}
+        entries = (path / folder).iterdir() if (path / folder).exists() else []
+        return {entry.name for entry in entries if entry.is_file() and not entry.name.startswith(".fuse_hidden")}
 
     vault = elsewhere / "vault"
     vault.mkdir()
-    get = lambda name: (path / name).read_bytes()  # noqa: E731
-    return Subject(kind, DirectoryDestination(path, mode, vault), put, get, names, elsewhere / "source")
+    return Subject(
+        kind=kind,
+        destination=DirectoryDestination(path, mode, vault),
+        put=put,
+        get=lambda name: (path / name).read_bytes(),
+        names=names,
+        source=elsewhere / "source",
+        before_it_appears=STEPS,
+        mode_of=(lambda name: mode_of(path / name)) if kind in filesystems.WITH_FLAGS else None,
+    )
 
 
-def content_of(data: bytes) -> Content:
-    return Content(len(data), hashlib.sha256(data).hexdigest())
+class TestContract(DestinationContract):
+    pass
 
 
-def test_a_copy_appears_whole_under_its_name(subject: Subject) -> None:
-    data = os.urandom(3 * MIB + 17)
-    subject.store(data)
-    assert subject.get(PATH) == data
-    with subject.destination.opened() as place:
-        assert place.listing(FOLDER) == {NAME: len(data)}
-        assert place.content(PATH, Silent()) == content_of(data)
-    assert subject.names(FOLDER) == {NAME}
-
-
-@pytest.mark.parametrize("size_bytes", [0, 1, MIB - 1, MIB, MIB + 1])
-def test_every_size_is_copied(subject: Subject, size_bytes: int) -> None:
-    data = os.urandom(size_bytes)
-    subject.store(data)
-    assert subject.get(PATH) == data
-
-
-@pytest.mark.parametrize("found", [b"shorter", b"the same length!", b"longer than what was promised"])
-def test_a_source_that_is_not_what_it_should_be_leaves_nothing(subject: Subject, found: bytes) -> None:
-    with pytest.raises(IntegrityError, match="not what its manifest says"):
-        subject.store(found, content=content_of(b"what it should be"[:16]))
-    assert subject.names(FOLDER) == set()
-
-
-def test_nothing_is_ever_overwritten(subject: Subject) -> None:
-    subject.put(PATH, b"older")
-    with pytest.raises(RefusedError, match="never overwritten"):
-        subject.store(b"newer")
-    assert subject.get(PATH) == b"older"
-    assert subject.names(FOLDER) == {NAME}
-
-
-def test_what_is_replaced_is_moved_aside_and_kept(subject: Subject) -> None:
-    subject.put(PATH, b"damaged")
-    subject.store(b"whole", aside=f"{NAME}.damaged-1")
-    assert subject.get(PATH) == b"whole"
-    assert subject.get(f"{PATH}.damaged-1") == b"damaged"
-    subject.put(PATH, b"damaged again")
-    with pytest.raises(StorageError, match="exists already"):
-        subject.store(b"whole", aside=f"{NAME}.damaged-1")
-    assert subject.get(f"{PATH}.damaged-1") == b"damaged"
-    assert subject.get(PATH) == b"damaged again"
-
-
-def test_nothing_is_moved_aside_for_a_source_that_is_bad(subject: Subject) -> None:
-    subject.put(PATH, b"damaged")
-    with pytest.raises(IntegrityError):
-        subject.store(b"bad", content=content_of(b"whole"), aside=f"{NAME}.damaged-1")
-    assert subject.names(FOLDER) == {NAME}
-
-
-def test_what_is_not_there_is_no_error(subject: Subject) -> None:
-    with subject.destination.opened() as place:
-        assert place.listing("weekly/2026-01-01") == {}
-        assert place.content("weekly/2026-01-01/x", Silent()) is None
-        assert place.read_marker() is None
-        with pytest.raises(NotFoundError):
-            place.read(PATH, 100)
-
-
-def test_small_files_are_read_to_a_limit(subject: Subject) -> None:
-    subject.put(PATH, b"0123456789")
-    with subject.destination.opened() as place:
-        assert place.read(PATH, 10) == b"0123456789"
-        with pytest.raises(FormatError, match="larger than 9 bytes"):
-            place.read(PATH, 9)
-
-
-def test_the_marker_is_kept_and_replaced(subject: Subject) -> None:
-    with subject.destination.opened() as place:
-        place.write_marker(b"first")
-        assert place.read_marker() == b"first"
-        place.write_marker(b"second")
-    with subject.destination.opened() as place:
-        assert place.read_marker() == b"second"
-
-
-def test_damage_behind_its_back_is_seen(subject: Subject) -> None:
-    data = os.urandom(MIB)
-    subject.store(data)
-    subject.put(PATH, data[:-1] + bytes([data[-1] ^ 1]))
-    with subject.destination.opened() as place:
-        assert place.listing(FOLDER) == {NAME: MIB}
-        assert place.content(PATH, Silent()) not in (None, content_of(data))
-
-
-def test_what_a_killed_run_left_is_swept_and_nothing_else(subject: Subject) -> None:
-    left = [f"{folder}{durable.TEMPORARY_PREFIX}0123" for folder in ("", "daily/", f"{FOLDER}/")]
-    kept = [PATH, f"{FOLDER}/notes.txt", "readme.txt", f"elsewhere/{durable.TEMPORARY_PREFIX}0123"]
-    for path in (*left, *kept):
-        subject.put(path, b"x")
-    with subject.destination.opened() as place:
-        assert durable.TEMPORARY_PREFIX not in "".join(place.listing(FOLDER))
-        assert sorted(place.sweep(["daily", "weekly"])) == sorted(left)
-        assert place.sweep(["daily", "weekly"]) == []
-    for path in kept:
-        assert subject.get(path) == b"x"
-
-
-def test_a_copy_that_is_cut_off_leaves_nothing(subject: Subject) -> None:
-    class Interrupted(Silent):
-        def step(self, name: str) -> None:
-            if name == "store.compared":
-                raise SystemExit(143)
-
-    subject.source.write_bytes(b"data")
-    with subject.destination.opened() as place, opened(subject.source) as source, pytest.raises(SystemExit):
-        place.store(PATH, source, content_of(b"data"), Interrupted())
-    assert subject.names(FOLDER) == set()
-
-
-# Directories
-
-
-def test_copies_are_read_only_where_there_are_modes(subject: Subject) -> None:
+def test_a_place_without_modes_is_warned_of_once(subject: Subject) -> None:
     subject.source.write_bytes(b"data")
     with subject.destination.opened() as place, opened(subject.source) as source:
         for number in range(2):
@@ -195,19 +68,18 @@ def test_copies_are_read_only_where_there_are_modes(subject: Subject) -> None:
         told = [warning for warning in place.warnings if "keeps no modes" in warning]
     assert len(told) == (0 if subject.kind in filesystems.WITH_FLAGS else 1)
     if subject.kind in filesystems.WITH_FLAGS:
-        assert mode_of(subject, f"{PATH}0") == 0o444
-        assert mode_of(subject, FOLDER) == 0o755
+        assert mode_of(Path(subject.destination.label) / FOLDER) == 0o755
 
 
 def test_the_mode_is_a_choice(scratch: Path) -> None:
     (scratch / "outside").mkdir()
     subject = directory_subject("ext4", scratch / "outside", scratch, 0o400)
     subject.store(b"data")
-    assert mode_of(subject, PATH) == 0o400
+    assert mode_of(scratch / "outside" / PATH) == 0o400
 
 
-def mode_of(subject: Subject, path: str) -> int:
-    return stat.S_IMODE((Path(subject.destination.label) / path).stat().st_mode)
+def mode_of(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
 
 
 @pytest.fixture
@@ -297,7 +169,8 @@ def test_what_can_not_be_a_copy_is_none(local: Subject) -> None:
     os.mkfifo(folder / "fifo")
     names = ("link", "directory", "fifo")
     with local.destination.opened() as place:
-        assert place.listing(FOLDER) == dict.fromkeys(names, NOT_A_FILE)
+        paths = {f"{FOLDER}/{name}": "" for name in names}
+        assert place.sizes(paths) == dict.fromkeys(paths, NOT_A_FILE)
         assert [place.content(f"{FOLDER}/{name}", Silent()) for name in names] == [None] * 3
     for name in names:
         local.store(b"whole", f"{FOLDER}/{name}", aside=f"{name}.damaged-1")
@@ -314,7 +187,8 @@ def test_links_in_the_way_lead_nowhere(local: Subject) -> None:
         local.store(b"data")
     with local.destination.opened() as place:
         assert place.sweep(["daily"]) == []
-        assert place.listing(FOLDER) == {}
+        assert place.sizes({PATH: ""}) == {}
+        assert list(place.files(["daily"])) == []
     assert os.listdir(outside.parent / "elsewhere") == []
 
 

@@ -68,7 +68,7 @@ def context(engine: Engine, projects: Path) -> Path:
     """The sources with the wheels; the engine has ``pgkeep-agent:local``, ``-vault``, ``-extractor`` made of them."""
     folder = projects / "sources"
     folder.mkdir()
-    source.build(engine, source.copy_with_wheels(folder))
+    source.build(engine, source.copy_with_wheels(engine, folder))
     return folder
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from pgkeep import config
 from tests.e2e import images, source
 from tests.e2e.engine import COMPOSE_VERSIONS, ComposeVersion, Engine
 from tests.e2e.stack import QUICK, SERVICES
@@ -105,6 +106,52 @@ def test_without_flags_the_agent_reads_only(engine: Engine, tmp_path: Path, vers
     assert modes["backup-vault", "/backups/active"] == "rw"
 
 
+@pytest.mark.parametrize("version", COMPOSE_VERSIONS)
+def test_only_the_extractor_hears_of_destinations(engine: Engine, tmp_path: Path, version: ComposeVersion) -> None:
+    settings = {"S3_BUCKET": "backups", "RSYNC_TARGET": "me@host:/srv", "PGKEEP_REQUIRED_DESTINATIONS": "s3,rsync"}
+    project = _project(tmp_path, (DEPLOY / "compose.example.yaml").read_text(), settings)
+    for name in ("s3_access_key_id.txt", "s3_secret_access_key.txt", "rsync_key", "rsync_known_hosts"):
+        (project / "secrets" / name).write_text("x\n")
+    files = ["docker-compose.yml", DEPLOY / "compose.s3.yaml", DEPLOY / "compose.rsync.yaml"]
+    services = _services(engine, version, project, *(f"--file={file}" for file in files))
+    environments = {name: services[name]["environment"] for name in SERVICES}
+    assert environments["backup-extractor"]["S3_BUCKET"] == "backups"
+    assert environments["backup-extractor"]["RSYNC_TARGET"] == "me@host:/srv"
+    assert environments["backup-extractor"]["RSYNC_KEY_FILE"] == "/run/secrets/rsync_key"
+    assert environments["backup-vault"]["PGKEEP_REQUIRED_DESTINATIONS"] == "s3,rsync"
+    for name in ("backup-agent", "backup-vault"):
+        assert [key for key in environments[name] if key.startswith(("S3_", "RSYNC_", "EXTERNAL_"))] == []
+    assert "PGKEEP_REQUIRED_DESTINATIONS" not in environments["backup-agent"]
+    secrets = {name: _secrets(services[name]) for name in SERVICES}
+    assert secrets["backup-extractor"] == {
+        "s3_access_key_id",
+        "s3_secret_access_key",
+        "rsync_key",
+        "rsync_known_hosts",
+    }
+    assert secrets["backup-agent"] == {"db_password"}
+    assert secrets["backup-vault"] == set()
+
+
+def test_the_compose_file_passes_every_setting_of_a_destination_on() -> None:
+    """But for keys, which are files, and what depends on files that only a Compose file of one's own can mount."""
+    files = ("compose.yaml", "compose.s3.yaml", "compose.rsync.yaml")
+    passed = set(re.findall(r"^      (\w+): ", "".join((DEPLOY / name).read_text() for name in files), re.MULTILINE))
+    left_out = {"S3_SESSION_TOKEN", "S3_PROFILE", "S3_CA_FILE"}
+    for row in config.destinations.known_rows():
+        assert passed & set(row.all_variables()) or left_out & set(row.variables), row.key
+
+
+def test_the_extractor_s_image_has_the_clients_and_nothing_that_lends_rights(engine: Engine, context: Path) -> None:
+    asked = "command -v rsync; command -v ssh; pgkeep --version >&2; /opt/pgkeep/bin/python -c 'import boto3'"
+    assert _in_image(engine, "extractor", asked, user="").splitlines() == ["/usr/bin/rsync", "/usr/bin/ssh"]
+    lending = "find / -xdev -perm /6000 -type f \\( -name 'ssh*' -o -name 'rsync*' \\)"
+    assert _in_image(engine, "extractor", lending) == ""
+    for other in ("agent", "vault"):
+        absent = "/opt/pgkeep/bin/python -c 'import boto3' 2>/dev/null || echo absent"
+        assert _in_image(engine, other, absent).strip() == "absent"
+
+
 def test_images_agree_on_owners_and_carry_only_their_own_commands(engine: Engine, context: Path) -> None:
     """An empty volume takes owners and modes from whichever image comes first."""
     listing = "stat -c '%n %u:%g %a' /backups /backups/* /external; stat -c '%n %u:%g %a %s' /backups/logs/*; id -G {}"
@@ -171,6 +218,10 @@ def test_the_guides_commands_refuse_what_they_do_not_know(
     done = engine.docker("run", "--rm", "--network", "none", _image(target), *command.split(), check=False)
     assert done.return_code == 2
     assert f"usage: {command.split()[0]} " in done.stderr
+
+
+def _secrets(service: dict[str, Any]) -> set[str]:
+    return {each if isinstance(each, str) else each["source"] for each in service.get("secrets") or ()}
 
 
 def _without_heading(text: str) -> str:

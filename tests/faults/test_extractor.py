@@ -119,7 +119,7 @@ def test_killed_while_it_adopts(made: Template, scratch: Path) -> None:
     (own.external / ".pgkeep-destination.json").unlink()
     assert own.machine.run("extractor", "adopt", action="kill", at="pass.marker-written").code == -9
     assert "adopt" in own.run("once", code=6)
-    own.run("adopt")
+    own.run("adopt", "external")
     own.once()
     own.assert_whole()
     assert own.events().count("destination adopted") == 2

@@ -12,7 +12,7 @@ HOLDER = """
 import sys, time
 from pathlib import Path
 from pgkeep.restore import recover
-with recover._archive_directory(Path(sys.argv[1])) as directory:
+with recover.scratch_directory(Path(sys.argv[1])) as directory:
     (directory / "toc.dat").write_bytes(b"PGDMP")
     print(directory.name, flush=True)
     time.sleep(60)

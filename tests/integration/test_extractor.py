@@ -114,7 +114,8 @@ def test_the_service_reads_a_damaged_source_once_a_day(own: Outside, later: dict
 
     class Counting(Silent):
         def advance(self, done_bytes: int, total_bytes: int | None) -> None:
-            read.append(done_bytes)
+            if (total_bytes or 0) > 1000:  # the daily anchor is no backup
+                read.append(done_bytes)
 
     assert [failure.path for failure in extractor.run_pass(Counting(), try_all=False).failures] == [bad]
     for hours, reads in ((1, False), (23, False), (25, True)):
@@ -336,7 +337,7 @@ def test_unreadable_records_are_made_anew(own: Outside) -> None:
     for file in own.extracted.rglob("*.json"):
         file.write_bytes(b'{"id": ')
     shown = own.machine.run("extractor", "once", "--json").must()
-    assert sorted(shown.json["adopted"]) == own.sources()
+    assert sorted(outside.only(shown.json)["adopted"]) == own.sources()
     assert "unreadable" in shown.stderr
 
 
@@ -356,5 +357,5 @@ def test_a_second_pass_waits_for_the_first(own: Outside, scratch: Path) -> None:
         time.sleep(0.5)
         assert waiting.poll() is None
     finish(running).must()
-    assert finish(waiting).must().json["extracted"] == []
+    assert outside.only(finish(waiting).must().json)["extracted"] == []
     own.assert_whole()

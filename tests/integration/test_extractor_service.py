@@ -17,7 +17,6 @@ import pytest
 
 from pgkeep.adapters import clock
 from pgkeep.adapters.scratch_cluster import ScratchCluster
-from pgkeep.domain import health
 from pgkeep.errors import StorageError
 from pgkeep.progress import Silent
 from tests import clusters, outside
@@ -223,36 +222,18 @@ def test_a_log_that_can_not_be_written_stops_nothing_silently(own: Outside) -> N
 # The service
 
 
-@contextlib.contextmanager
-def serving(own: Outside, interval_seconds: int = 1) -> Iterator[subprocess.Popen[str]]:
-    service = own.machine.start("extractor", environment={"CHECK_INTERVAL": str(interval_seconds)})
-    try:
-        yield service
-    finally:
-        service.kill()
-        service.communicate()
-
-
-def word(own: Outside) -> health.Health:
-    return health.decode((own.extracted / ".health.json").read_bytes())
-
-
-def is_well(own: Outside) -> bool:
-    return (own.extracted / ".health.json").exists() and not word(own).problems
-
-
 def test_the_service_copies_what_comes_and_tells_of_its_health(own: Outside) -> None:
-    with serving(own) as service:
+    with own.serving() as service:
         wait_for(lambda: own.files() == own.expected(*own.sources()))
         new = own.bring_new(own.source("daily"), DAY)
         wait_for(lambda: own.copy(new + ".manifest.json").exists())
-        wait_for(lambda: is_well(own))
-        assert (word(own).role, word(own).pid) == ("extractor", service.pid)
+        wait_for(own.is_well)
+        assert (own.word().role, own.word().pid) == ("extractor", service.pid)
         spare = own.external.rename(own.external.with_name("gone"))
-        wait_for(lambda: not is_well(own))
-        assert "does not exist" in word(own).problems[0]
+        wait_for(lambda: not own.is_well())
+        assert "does not exist" in own.word().problems[0]
         spare.rename(own.external)
-        wait_for(lambda: is_well(own))
+        wait_for(own.is_well)
         service.terminate()
         stdout, stderr = service.communicate(timeout=5)
     assert stderr == ""
@@ -262,7 +243,7 @@ def test_the_service_copies_what_comes_and_tells_of_its_health(own: Outside) -> 
 
 
 def test_the_service_ends_at_once_and_stays_small(own: Outside) -> None:
-    with serving(own, 300) as service:
+    with own.serving(300) as service:
         wait_for(lambda: own.files() == own.expected(*own.sources()))
         wait_for(lambda: "pselect" in Path(f"/proc/{service.pid}/wchan").read_text() or _sleeps(service.pid))
         status = Path(f"/proc/{service.pid}/status").read_text()
@@ -277,8 +258,8 @@ def test_the_service_ends_at_once_and_stays_small(own: Outside) -> None:
 def test_the_service_s_records_can_be_json(own: Outside) -> None:
     spoil(own.active / own.source("hourly"))
     own.machine.environment["PGKEEP_LOG_FORMAT"] = "json"
-    with serving(own) as service:
-        wait_for(lambda: (own.extracted / ".health.json").exists() and bool(word(own).problems))
+    with own.serving() as service:
+        wait_for(lambda: (own.extracted / ".health.json").exists() and bool(own.word().problems))
         service.terminate()
         stdout, _ = service.communicate(timeout=5)
     records = [json.loads(line) for line in stdout.splitlines()]
@@ -292,12 +273,12 @@ def _sleeps(pid: int) -> bool:
 
 def test_the_service_waits_for_the_vault(own: Outside) -> None:
     (own.active / "vault.json").rename(own.root / "vault.json")
-    with serving(own) as service:
-        wait_for(lambda: (own.extracted / ".health.json").exists() and bool(word(own).problems))
-        assert "no vault" in word(own).problems[0]
+    with own.serving() as service:
+        wait_for(lambda: (own.extracted / ".health.json").exists() and bool(own.word().problems))
+        assert "no vault" in own.word().problems[0]
         (own.root / "vault.json").rename(own.active / "vault.json")
         wait_for(lambda: own.files() == own.expected(*own.sources()))
-        wait_for(lambda: is_well(own))
+        wait_for(own.is_well)
         assert service.poll() is None
     assert "extraction failed" not in own.events()
 
@@ -305,7 +286,7 @@ def test_the_service_waits_for_the_vault(own: Outside) -> None:
 def test_a_service_whose_health_can_not_be_written_goes_on(own: Outside) -> None:
     own.extracted.mkdir()
     (own.extracted / ".health.json").mkdir()
-    with serving(own) as service:
+    with own.serving() as service:
         wait_for(lambda: own.files() == own.expected(*own.sources()))
         service.terminate()
         stdout, _ = service.communicate(timeout=5)

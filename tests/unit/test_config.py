@@ -25,6 +25,7 @@ from pgkeep.errors import ConfigurationError
 
 SECRET = "hunter2-hunter2"
 DOCUMENT = Path(__file__).parents[2] / "docs" / "configuration.md"
+ROWS = (*config.SETTINGS, *config.destinations.known_rows())
 RULES = {row.key: row.rule for row in config.SETTINGS}
 
 
@@ -81,16 +82,17 @@ def test_every_field_has_one_row_and_a_default_that_its_rule_allows() -> None:
         for outer in msgspec.structs.fields(Settings)
         for inner in (msgspec.structs.fields(outer.type) if msgspec.inspect.is_struct_type(outer.type) else (outer,))
     ]
-    assert sorted(RULES) == sorted(fields)
+    elsewhere = {"extractor.destinations", "extractor.s3_defaults", "extractor.rsync_defaults"}
+    assert sorted({*RULES, *elsewhere}) == sorted(fields)
     for row in effective(load(None, {}, {})):
-        if row.literal is not None:
+        if row.literal is not None and row.key in RULES:
             wanted = None if row.value is None else row.value
             got = RULES[row.key].parse(tomllib.loads(f"v = {row.literal}")["v"])
             assert (str(got) if isinstance(got, Path) else got) == wanted, row.key
 
 
 def test_no_variable_belongs_to_two_settings() -> None:
-    variables = [variable for row in config.SETTINGS for variable in row.all_variables()]
+    variables = [variable for row in ROWS for variable in row.all_variables()]
     assert len(set(variables)) == len(variables)
 
 
@@ -126,7 +128,7 @@ def test_an_override_of_no_setting_is_a_mistake_in_the_program() -> None:
 
 def test_empty_variables_count_as_unset(toml: Callable[[str], Path], tmp_path: Path) -> None:
     (tmp_path / "password").write_text("right\n")
-    environment = dict.fromkeys((variable for row in config.SETTINGS for variable in row.all_variables()), "")
+    environment = dict.fromkeys((variable for row in ROWS for variable in row.all_variables()), "")
     environment |= {"PGKEEP_CONFIG": "", "PGKEEP_UNKNOWN": "", "PGHOST": ""}
     assert load(None, environment, {}) == load(None, {}, {})
     loaded = load(None, environment | {"DB_PASSWORD_FILE": str(tmp_path / "password")}, {})
@@ -393,7 +395,7 @@ def test_what_show_prints_is_toml_that_gives_the_same_settings(toml: Callable[[s
 def test_show_as_json(options: tuple[str, ...], wanted: bool) -> None:
     loaded = load(None, AWKWARD, {})
     found = json.loads(_show(loaded, *options, json=wanted))
-    assert list(found["settings"]) == [row.key for row in config.SETTINGS]
+    assert list(found["settings"]) == [row.key for row in effective(loaded)]
     assert found["settings"]["database.password"] == {"value": "********", "origin": "environment DB_PASSWORD"}
     assert found["settings"]["retention.hourly_days"]["value"] is None
     assert found["settings"]["database.names"]["value"][1] == "c\nd\x7f"
@@ -422,9 +424,10 @@ def test_the_documented_example_holds_every_key_and_the_defaults(toml: Callable[
     assert found is not None
     example = found[1].replace("/run/secrets", str(tmp_path))
     loaded = load(toml(example), {}, {})
-    keys = {name for row in config.SETTINGS for name in row.all_keys()}
+    keys = {name for row in ROWS for name in row.all_keys()} | {"destinations.x.kind"}
     named = {match.rpartition(" ")[2] for match in re.findall(r"^(?:# )?[a-z_]+(?= = )", example, re.MULTILINE)}
     assert named == {key.rpartition(".")[2] for key in keys}
+    assert [each.name for each in loaded.settings.extractor.destinations] == ["external"]
     for field in ("root", "dump", "retention", "storage", "schedule", "extractor"):
         assert getattr(loaded.settings, field) == getattr(Settings(), field)
 

@@ -36,13 +36,13 @@ def record(
     )
 
 
-def listing(**changed: int | None) -> dict[str, dict[str, int]]:
-    """The copy's folder as it should look; ``changed`` by part: ``dump``, ``sha256``, ``manifest``."""
+def listing(**changed: int | None) -> dict[str, int]:
+    """The copy's files as they should be; ``changed`` by part: ``dump``, ``sha256``, ``manifest``."""
     suffixes = {"dump": "", "sha256": ".sha256", "manifest": ".manifest.json"}
-    sizes: dict[str, int | None] = {"2026-11-20_00-00-00.sql.gz" + suffix: size for suffix, size in SIZES.items()}
+    sizes: dict[str, int | None] = {OUTSIDE + suffix: size for suffix, size in SIZES.items()}
     for name, size in changed.items():
-        sizes["2026-11-20_00-00-00.sql.gz" + suffixes[name]] = size
-    return {"daily/2026-11-20": {name: size for name, size in sizes.items() if size is not None}}
+        sizes[OUTSIDE + suffixes[name]] = size
+    return {path: size for path, size in sizes.items() if size is not None}
 
 
 # Where copies go
@@ -105,7 +105,6 @@ def test_a_copy_is_broken_if_any_of_its_files_is(changed: dict[str, int | None],
 
 def test_a_folder_that_is_gone_is_missing_copies() -> None:
     assert plan.compare({}, {PATH: record()}, {}).broken == {PATH: "missing"}
-    assert plan.compare({}, {PATH: record()}, {"daily/2026-11-20": {}}).broken == {PATH: "missing"}
 
 
 def test_a_copy_found_bad_stays_broken_until_it_is_read_and_whole() -> None:

@@ -16,6 +16,7 @@ from typing import Protocol
 from pgkeep.adapters import gzip_members
 from pgkeep.domain import artifact
 from pgkeep.domain.artifact import FOOTER_BYTES, Chunk, Footer, Index, LargeObjectsPart, Part, TablePart, TocPart
+from pgkeep.domain.manifest import TableStatistics
 from pgkeep.errors import FormatError, NotFoundError, StorageError
 
 # Enough to tell what a strange file is.
@@ -32,8 +33,27 @@ class Source(Protocol):
         """At most ``length`` bytes; none only at the end."""
 
 
+class File(Source, Protocol):
+    """A source that is a file here, or becomes one as it is read; ``descriptor`` serves copies inside the kernel."""
+
+    @property
+    def descriptor(self) -> int: ...
+
+    @property
+    def is_remote(self) -> bool:
+        """Only what was read or prefetched is behind the descriptor."""
+
+    def prefetch(self, ranges: Iterable[tuple[int, int]]) -> None:
+        """Have these bytes (from, to) behind the descriptor. Raises ``StorageError``, ``IntegrityError``."""
+
+    def release(self, start: int, end: int) -> None:
+        """These bytes are not needed any more."""
+
+
 class LocalFile:
-    """A file opened for reading; ``descriptor`` serves copies inside the kernel."""
+    """A file opened for reading."""
+
+    is_remote = False
 
     def __init__(self, descriptor: int) -> None:
         self.descriptor = descriptor
@@ -60,6 +80,12 @@ class LocalFile:
 
     def read(self, offset: int, length: int) -> bytes:
         return os.pread(self.descriptor, length, offset)
+
+    def prefetch(self, ranges: Iterable[tuple[int, int]]) -> None:
+        """All of it is here."""
+
+    def release(self, start: int, end: int) -> None:
+        """It stays as it is."""
 
     def __enter__(self) -> LocalFile:
         return self
@@ -150,6 +176,21 @@ def describe(part: Part) -> str:
             return "the archive's contents (toc.dat)"
         case _:
             return "the SQL around the data"
+
+
+def statistics(index: Index) -> tuple[TableStatistics, ...]:
+    """Every table's rows and sizes, in the file's order."""
+    return tuple(
+        TableStatistics(
+            schema=table.schema,
+            name=table.name,
+            rows=table.rows,
+            raw_bytes=table.raw_bytes,
+            compressed_bytes=table.length,
+            digest=hashlib.sha256("".join(chunk.sha256 for chunk in table.chunks).encode("ascii")).hexdigest(),
+        )
+        for table in index.tables
+    )
 
 
 def split_lines(pieces: Iterable[bytes], limit_bytes: int) -> Iterator[bytes]:

@@ -15,7 +15,8 @@ from pgkeep.cli.context import Context, common_options, pass_context
 @common_options
 @pass_context
 def command(context: Context, dry_run: bool, wait_seconds: float) -> None:
-    """Remove expired backups. Nothing goes before its time, and never the newest good ones.
+    """Remove expired backups. Nothing goes before its time, and never the newest good ones, nor the newest that a
+    required destination (PGKEEP_REQUIRED_DESTINATIONS) has not got yet.
 
     \b
     Examples:

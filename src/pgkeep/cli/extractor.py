@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import signal
 from typing import TYPE_CHECKING, Any
 
@@ -9,12 +10,14 @@ import click
 
 from pgkeep.cli import render
 from pgkeep.cli.context import Context, common_options, pass_context
-from pgkeep.errors import PgkeepError
+from pgkeep.errors import NotFoundError, PgkeepError, UsageError
 
 if TYPE_CHECKING:
-    from pgkeep.extractor.copies import Failure
+    from pgkeep.extractor.extract import Extractor
     from pgkeep.extractor.work import Report
+    from pgkeep.progress import Progress
 
+_DONE = ("extracted", "repaired", "adopted", "rechecked", "expired")
 _WAIT = click.option("--wait", "wait_seconds", type=click.FloatRange(0), default=600.0, show_default=True,
                      metavar="SECONDS", help="How long to wait for a pass that is under way.")  # fmt: skip
 
@@ -23,77 +26,127 @@ _WAIT = click.option("--wait", "wait_seconds", type=click.FloatRange(0), default
 @common_options
 @click.pass_context
 def command(click_context: click.Context) -> None:
-    """Copy sealed backups to the external destination, and look after the copies. Runs until it is stopped.
+    """Copy sealed backups to every destination, and look after the copies. Runs until it is stopped.
 
     Each copy is verified against its manifest while it is made, read back from the destination, and appears there
     as TIER/YYYY-MM-DD/FILE when it is whole. Copies that go missing or are damaged are made anew as long as the
-    vault has the original. Nothing outside is ever deleted or overwritten.
+    vault has the original. Nothing outside is ever overwritten, nor deleted unless that destination has a retention
+    policy of its own. A destination that fails keeps no other from being served.
 
     \b
     Examples:
       pgkeep extractor                            the service: a pass every CHECK_INTERVAL seconds
-      pgkeep extractor once                       one pass, then return
-      EXTERNAL_DIRECTORY=/mnt/nas pgkeep extractor once --json | jq .extracted
-      pgkeep extractor adopt                      this destination is new, on purpose
+      pgkeep extractor once                       one pass to each destination, then return
+      pgkeep extractor once --destination s3
+      EXTERNAL_DIRECTORY=/mnt/nas pgkeep extractor once --json | jq '.destinations[].extracted'
+      pgkeep extractor adopt external             this destination is new, on purpose
     """
     if click_context.invoked_subcommand is None:
         _serve(click_context.ensure_object(Context))
 
 
 @command.command()
+@click.option("--destination", "names", multiple=True, metavar="NAME", help="Only this one; may be given repeatedly.")
 @_WAIT
 @click.option("--quiet", is_flag=True, help="Warnings and errors only.")
 @common_options
 @pass_context
-def once(context: Context, wait_seconds: float, quiet: bool) -> None:
-    """Run one pass and return; while the service is in one, wait for its end first.
+def once(context: Context, names: tuple[str, ...], wait_seconds: float, quiet: bool) -> None:
+    """Run one pass to each destination and return; while the service is in one, wait for its end first.
 
-    Exits with 0, or with the code of the first thing that went wrong.
+    Exits with 0, or with the code of the first thing that went wrong, once all destinations were tried.
 
     \b
     Examples:
       pgkeep extractor once
-      pgkeep extractor once --json | jq -r '.troubles[].message'
+      pgkeep extractor once --destination s3 --destination external
+      pgkeep extractor once --json | jq -r '.destinations[] | .name + ": " + (.troubles[].message)'
     """
     with render.progress(quiet=quiet) as progress:
-        report = context.services.extractor().run_pass(progress, wait_seconds)
-    first = next((failure.error for failure in report.troubles), None)
+        passes = [_pass(each, progress, wait_seconds) for each in _chosen(context, names)]
+    errors = [(each, path, error) for each in passes for path, error, _ in each.troubles]
     if context.json:
-        render.print_json(_document(report))
-        if first is not None:
+        render.print_json({"ok": not errors, "destinations": [_document(each) for each in passes]})
+        if errors:
             # The document says it all; an error would print a second one.
-            raise click.exceptions.Exit(first.exit_code)
+            raise click.exceptions.Exit(errors[0][2].exit_code)
         return
     if not quiet:
-        _print(report)
-    for failure in report.troubles[1:]:
-        click.echo(f"pgkeep: {render.printable(_named(failure))}", err=True)
-    if first is not None:
-        raise first
+        for each in passes:
+            _print(each)
+    for made, path, error in errors[1:]:
+        where = f"{made.name}: " if len(passes) > 1 else ""
+        click.echo(f"pgkeep: {render.printable(where + (f'{path}: ' if path else '') + error.message)}", err=True)
+    if errors:
+        raise errors[0][2]
 
 
 @command.command()
+@click.argument("name", required=False)
 @_WAIT
 @common_options
 @pass_context
-def adopt(context: Context, wait_seconds: float) -> None:
-    """Take what is mounted at the destination now for the destination, as it is.
+def adopt(context: Context, name: str | None, wait_seconds: float) -> None:
+    """Take what is mounted at the destination NAME now for that destination, as it is.
 
     For a disk that was replaced, a share that is deliberately a new one, or one of several that take turns. Copies
     there are recognised by their digests. Copies that are missing or damaged for good (the vault has no original any
-    more) are accepted as lost. Recorded in the audit log.
+    more) are accepted as lost. Recorded in the audit log. NAME may be left out where there is one destination only.
 
     \b
     Examples:
-      pgkeep extractor adopt && pgkeep extractor once
+      pgkeep extractor adopt external && pgkeep extractor once
     """
     with render.progress(quiet=context.json) as progress:
-        extractor = context.services.extractor()
+        extractors = _chosen(context, (name,) if name else ())
+        if len(extractors) > 1:
+            known = ", ".join(each.settings.name for each in extractors)
+            raise UsageError(f"there are several destinations: {known}", "name the one that is to be adopted")
+        extractor = extractors[0]
         identifier = extractor.adopt(progress, wait_seconds)
+    label, name = extractor.destination.label, extractor.settings.name
     if context.json:
-        render.print_json({"ok": True, "destination": extractor.destination.label, "id": identifier})
+        render.print_json({"ok": True, "name": name, "destination": label, "id": identifier})
     else:
-        click.echo(f"pgkeep: {extractor.destination.label} is the destination now ({identifier})", err=True)
+        click.echo(f"pgkeep: {render.printable(label)} is the destination {name} now ({identifier})", err=True)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Pass:
+    """What came of a pass to one destination: a report, or the error that ended it."""
+
+    name: str
+    destination: str
+    report: Report | None
+    error: PgkeepError | None
+
+    @property
+    def troubles(self) -> list[tuple[str, PgkeepError, bool]]:
+        """The backup's path (empty for all of the destination), what went wrong, and whether the copy is lost."""
+        if self.error is not None:
+            return [("", self.error, False)]
+        assert self.report is not None
+        lost = self.report.lost
+        return [(failure.path, failure.error, failure in lost) for failure in self.report.troubles]
+
+
+def _chosen(context: Context, names: tuple[str, ...]) -> list[Extractor]:
+    found = context.services.extractors(names)
+    if not found:
+        raise NotFoundError("there is no destination", "set EXTERNAL_DIRECTORY, S3_BUCKET or RSYNC_TARGET")
+    return found
+
+
+def _pass(extractor: Extractor, progress: Progress, wait_seconds: float) -> _Pass:
+    """The other destinations have their turn whatever becomes of this one."""
+    from pgkeep.adapters.durable import explain
+
+    name, label = extractor.settings.name, extractor.destination.label
+    try:
+        with explain(label, "copying"):
+            return _Pass(name, label, extractor.run_pass(progress, wait_seconds), None)
+    except PgkeepError as error:
+        return _Pass(name, label, None, error)
 
 
 def _serve(context: Context) -> None:
@@ -103,7 +156,7 @@ def _serve(context: Context) -> None:
     settings = context.services.settings
     log = ServiceLog("extractor", settings.log.format)
     try:
-        Service(context.services.extractor(), log, settings.extractor.check_interval_seconds).run()
+        Service(_chosen(context, ()), log, settings.root / "extracted").run()
     except SystemExit as ending:
         if ending.code != 128 + signal.SIGTERM:
             raise
@@ -111,40 +164,41 @@ def _serve(context: Context) -> None:
         log.note("stopped")
 
 
-def _document(report: Report) -> dict[str, Any]:
+def _document(made: _Pass) -> dict[str, Any]:
     return {
-        "ok": not report.troubles,
-        "destination": report.destination,
-        "extracted": report.extracted,
-        "repaired": report.repaired,
-        "adopted": report.adopted,
-        "rechecked": report.rechecked,
+        "name": made.name,
+        "ok": not made.troubles,
+        "destination": made.destination,
+        **{
+            kind: getattr(made.report, kind, [])
+            for kind in ("extracted", "repaired", "adopted", "rechecked", "expired")
+        },
         "troubles": [
             {
-                "path": failure.path or None,
-                "message": failure.error.message,
-                "hint": failure.error.hint,
-                "exit_code": failure.error.exit_code,
-                "lost": failure in report.lost,
+                "path": path or None,
+                "message": error.message,
+                "hint": error.hint,
+                "exit_code": error.exit_code,
+                "lost": is_lost,
             }
-            for failure in report.troubles
+            for path, error, is_lost in made.troubles
         ],
     }
 
 
-def _print(report: Report) -> None:
-    counts = {
-        "copied": len(report.extracted),
-        "repaired": len(report.repaired),
-        "recognised": len(report.adopted),
-        "read again": len(report.rechecked),
-        "failed": len(report.failures),
-        "lost": len(report.lost),
-    }
-    said = ", ".join(f"{count} {word}" for word, count in counts.items() if count) or "nothing to do"
-    click.echo(f"pgkeep: {render.printable(report.destination)}: {said}", err=True)
-
-
-def _named(failure: Failure) -> str:
-    error: PgkeepError = failure.error
-    return f"{failure.path}: {error.message}" if failure.path else error.message
+def _print(made: _Pass) -> None:
+    report = made.report
+    if report is None:
+        said = "the pass failed"
+    else:
+        counts = {
+            "copied": len(report.extracted),
+            "repaired": len(report.repaired),
+            "recognised": len(report.adopted),
+            "read again": len(report.rechecked),
+            "removed": len(report.expired),
+            "failed": len(report.failures),
+            "lost": len(report.lost),
+        }
+        said = ", ".join(f"{count} {word}" for word, count in counts.items() if count) or "nothing to do"
+    click.echo(f"pgkeep: {render.printable(made.destination)}: {said}", err=True)

@@ -2,23 +2,38 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import os
-import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from pgkeep.cli import render
+from pgkeep.cli import elsewhere, render
 from pgkeep.cli.context import Context, common_options, pass_context
 from pgkeep.errors import NotFoundError, UsageError
 
 if TYPE_CHECKING:
+    from pgkeep.adapters.artifact_reader import File
     from pgkeep.adapters.postgres import Target
     from pgkeep.domain.catalog import SealedBackup
     from pgkeep.domain.manifest import DatabaseFacts
     from pgkeep.progress import Progress
     from pgkeep.restore.recover import Options, Outcome
+    from pgkeep.restore.sparse import SparseCopy
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Chosen:
+    """A backup that is open. ``name`` for people, ``path`` where it lies; ``facts`` what ``--create`` needs."""
+
+    name: str
+    path: str
+    file: File
+    facts: DatabaseFacts | None
+    remote: SparseCopy | None = None
 
 
 @click.command()
@@ -50,6 +65,7 @@ if TYPE_CHECKING:
 @click.option("--allow-non-empty", is_flag=True, help="Into a database that holds something already.")
 @click.option("--allow-missing-parents", is_flag=True, help="Leave out foreign keys whose parent table is not there.")
 @click.option("--database", metavar="NAME", help="Whose latest, where the vault holds several.")
+@elsewhere.FROM
 @click.option(
     "--password-file", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE", help="The target's password."
 )
@@ -69,6 +85,7 @@ def command(
     allow_non_empty: bool,
     allow_missing_parents: bool,
     database: str | None,
+    source: str | None,
     password_file: Path | None,
 ) -> None:
     """Restore a backup into an empty or a new database, in parallel, and count every table's rows afterwards.
@@ -78,8 +95,10 @@ def command(
       pgkeep restore latest --to 'host=db user=app dbname=restored' --create
       pgkeep restore 20260131T00 --to postgresql://app@db/scratch --table shop.orders --table shop.customers
       pgkeep restore /mnt/usb/2026-01-31_00-00-00.sql.gz --to dbname=empty --no-owner
+      pgkeep restore latest --from s3://backups/db1 --to dbname=scratch --create --table shop.orders
 
-    One failing statement is a failure: exit code 8, with the server's words.
+    From a destination (--from), only what is restored is fetched. One failing statement is a failure: exit code 8,
+    with the server's words.
     """
     if schema_only and data_only:
         raise UsageError("--schema-only and --data-only exclude each other")
@@ -99,32 +118,63 @@ def command(
         allow_missing_parents=allow_missing_parents,
     )
     with render.progress(quiet=context.json) as progress:
-        _restore(context, reference, database, _target(to, password_file, progress), options, progress)
+        target = _target(to, password_file, progress)
+        opened = (
+            _copy(context, source, reference, database, progress)
+            if source is not None
+            else _local(context, reference, database, with_facts=create, progress=progress)
+        )
+        with opened as chosen:
+            _restore(context, chosen, target, options, progress)
 
 
-def _restore(
-    context: Context, reference: str, database: str | None, target: Target, options: Options, progress: Progress
-) -> None:
+@contextlib.contextmanager
+def _local(
+    context: Context, reference: str, database: str | None, *, with_facts: bool, progress: Progress
+) -> Iterator[_Chosen]:
+    """A backup of the vault, or a file anywhere."""
     from pgkeep.adapters.artifact_reader import LocalFile
-    from pgkeep.restore.recover import restore
 
     path, backup = context.services.locate(reference, database)
     for problem in backup.problems if backup else ():
         progress.warn(f"{path.name}: {problem}")
-    progress.note(f"restoring {path.name}")
     with LocalFile.open(path) as file:
-        facts = _facts(path, backup) if options.create else None
-        outcome = restore(file, target, facts, options, _scratch(context), progress)
+        yield _Chosen(path.name, str(path), file, _facts(path, backup) if with_facts else None)
+
+
+@contextlib.contextmanager
+def _copy(context: Context, source: str, reference: str, database: str | None, progress: Progress) -> Iterator[_Chosen]:
+    """A copy at a destination, of which only what is looked at is fetched."""
+    from pgkeep.restore import copies, fetch
+
+    destination = elsewhere.destination(context, source)
+    with destination.opened(to_read=True) as place:
+        copy, defects = copies.find(place, reference, database, progress)
+        elsewhere.warn((*place.warnings, *defects, *copy.backup.problems))
+        with fetch.opened(place, copy, elsewhere.scratch(context), progress) as file:
+            manifest = copy.backup.manifest
+            path = elsewhere.place_of(destination.label, copy)
+            yield _Chosen(manifest.filename, path, file, manifest.facts, file)
+
+
+def _restore(context: Context, chosen: _Chosen, target: Target, options: Options, progress: Progress) -> None:
+    from pgkeep.restore.recover import restore
+
+    progress.note(f"restoring {chosen.name}")
+    outcome = restore(chosen.file, target, chosen.facts, options, elsewhere.scratch(context), progress)
     for note in outcome.notes:
         progress.warn(note)
     if context.json:
-        render.print_json({"ok": True, "path": str(path), **_object(outcome)})
+        fetched = {} if chosen.remote is None else {"fetched_bytes": chosen.remote.fetched_bytes}
+        render.print_json({"ok": True, "path": chosen.path, **_object(outcome), **fetched})
     summary = (
         f"{outcome.tables} tables, {outcome.rows} rows, counted and equal"
         if not options.schema_only
         else "definitions only"
     )
-    text = f"restored {path.name} into {outcome.database} in {outcome.seconds['total']:.1f} s ({summary})"
+    text = f"restored {chosen.name} into {outcome.database} in {outcome.seconds['total']:.1f} s ({summary})"
+    if chosen.remote is not None:
+        text += f"; {render.size(chosen.remote.fetched_bytes)} fetched"
     click.echo(f"pgkeep: {render.printable(text)}", err=True)
 
 
@@ -154,14 +204,6 @@ def _facts(path: Path, backup: SealedBackup | None) -> DatabaseFacts | None:
     except NotFoundError:
         return None
     return manifest.decode(sidecar).facts
-
-
-def _scratch(context: Context) -> Path:
-    """Where the archive is rebuilt: TMPDIR if it is set, else the staging area, which is made for large files."""
-    staging = context.services.layout.staging
-    if os.environ.get("TMPDIR") or not os.access(staging, os.W_OK | os.X_OK):
-        return Path(tempfile.gettempdir())
-    return staging
 
 
 def _object(outcome: Outcome) -> dict[str, object]:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import os
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from pgkeep.cli import render
+from pgkeep.cli import elsewhere, render
 from pgkeep.cli.context import Context, common_options, pass_context
 from pgkeep.domain import manifest as manifests
 from pgkeep.domain import names
@@ -20,26 +20,41 @@ from pgkeep.errors import NotFoundError
 if TYPE_CHECKING:
     from pgkeep.domain.catalog import SealedBackup
     from pgkeep.domain.manifest import DatabaseFacts, Manifest
+    from pgkeep.restore.copies import Copy
 
 TABLES_SHOWN = 20
 _NEW_DATABASE = "restored"
+# Roles and a database may have been dumped in the same second: their files then have the same name.
+_ROLES_DIRECTORY = "roles"
 # Since the releases of 2025-08-14 (CVE-2025-8714) plain dumps begin with \restrict, which older psqls don't know.
 _FIRST_RESTRICTED_MINOR = {13: 22, 14: 19, 15: 14, 16: 10, 17: 6}
 _PSQL_THAT_READS_IT = "13.22, 14.19, 15.14, 16.10, 17.6 or 18"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Outside:
+    """A copy at a destination: as it was named, how that calls itself, and the roles that were dumped with it."""
+
+    source: str
+    label: str
+    copy: Copy
+    roles: Copy | None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Found:
-    """A backup: where its dump lies, what its manifest says, and its place in the vault if it is there."""
+    """A backup: where its dump lies (or will, once it is fetched), what its manifest says, and its place in the vault
+    or at a destination if it is there."""
 
     path: Path
     manifest: Manifest
     backup: SealedBackup | None
+    outside: Outside | None = None
 
     @property
     def protection_in_force(self) -> bool | None:
         """None: not looked at, because the file lies elsewhere or a part of it is missing."""
-        if self.backup is None or self.backup.state == "incomplete":
+        if self.backup is None or self.outside is not None or self.backup.state == "incomplete":
             return None
         return self.backup.state != "unprotected"
 
@@ -61,9 +76,10 @@ class StockCommand:
 @click.argument("reference", metavar="ID|latest|PATH", default="latest")
 @click.option("--all-tables", is_flag=True, help=f"Every table, not only the {TABLES_SHOWN} largest.")
 @click.option("--database", metavar="NAME", help="Whose latest, where the vault holds several.")
+@elsewhere.FROM
 @common_options
 @pass_context
-def command(context: Context, reference: str, all_tables: bool, database: str | None) -> None:
+def command(context: Context, reference: str, all_tables: bool, database: str | None, source: str | None) -> None:
     """Show everything about one backup (default: the latest), and the stock commands that check and restore it.
 
     \b
@@ -71,11 +87,12 @@ def command(context: Context, reference: str, all_tables: bool, database: str | 
       pgkeep show
       pgkeep show 20260131T00 --all-tables
       pgkeep show latest --json | jq -r '.commands[].command'
+      pgkeep show latest --from s3://backups/db1
 
     Only the manifest is read: `pgkeep verify` reads the dump. Exits with 7 if the backup is not whole or not
     protected as it was.
     """
-    found = find(context, reference, database)
+    found = find(context, reference, database) if source is None else _find_copy(context, source, reference, database)
     commands = list(_stock_commands(context, found))
     if context.json:
         render.print_json(_document(context, found, commands))
@@ -106,6 +123,22 @@ def find(context: Context, reference: str, database: str | None) -> Found:
     return Found(path, manifests.decode(sidecar.read_bytes()), None)
 
 
+def _find_copy(context: Context, source: str, reference: str, database: str | None) -> Found:
+    """As :func:`find`, at a destination; its day's roles are looked for beside it."""
+    from pgkeep.restore import copies
+
+    destination = elsewhere.destination(context, source)
+    with render.progress(quiet=True) as progress, destination.opened(to_read=True) as place:
+        copy, defects = copies.find(place, reference, database, progress)
+        elsewhere.warn((*place.warnings, *defects))
+        manifest = copy.backup.manifest
+        day = copy.path.split("/")[1]
+        beside = copies.read_copies(place, progress, [f"{names.GLOBALS_DIRECTORY}/{day}"]).found
+    roles = _nearest_roles([each.backup for each in beside if each.is_first], manifest)
+    nearest = next((each for each in beside if each.backup is roles), None)
+    return Found(Path(manifest.filename), manifest, copy.backup, Outside(source, destination.label, copy, nearest))
+
+
 def _in_vault(context: Context, path: Path) -> SealedBackup | None:
     """The sealed backup, where the path leads into the vault."""
     services = context.services
@@ -118,7 +151,10 @@ def _in_vault(context: Context, path: Path) -> SealedBackup | None:
 def _document(context: Context, found: Found, commands: list[StockCommand]) -> dict[str, Any]:
     manifest = found.manifest
     active = context.services.layout.active
-    summary = render.backup_object(found.backup, active) if found.backup else {"path": str(found.path.absolute())}
+    if found.outside is not None:
+        summary = elsewhere.copy_object(found.outside.copy, found.outside.label)
+    else:
+        summary = render.backup_object(found.backup, active) if found.backup else {"path": str(found.path.absolute())}
     return {
         **summary,
         "protection_in_force": found.protection_in_force,
@@ -139,14 +175,15 @@ def _facts(found: Found) -> Iterator[tuple[str, str]]:
     yield "id", manifest.id
     yield "database", manifest.database if manifest.kind == "database" else "(roles and tablespaces)"
     yield "tier", manifest.type.value
-    yield "file", str(found.path)
+    yield "file", _place(found)
     yield "sha256", manifest.sha256
     yield "dumped", f"{render.moment(manifest.created_at)}, in {manifest.dump_seconds:.1f} s"
     yield "sealed", render.moment(manifest.sealed_at)
     yield "kept until", render.moment(manifest.retain_until)
-    yield "protection", f"{manifest.protection}, {_IN_FORCE[found.protection_in_force]}"
+    if found.outside is None:
+        yield "protection", f"{manifest.protection}, {_IN_FORCE[found.protection_in_force]}"
     if found.backup is not None:
-        yield "state", found.backup.state
+        yield "state", found.backup.state if found.outside is None else elsewhere.state(found.outside.copy)
     ratio = f" ({found.ratio:.1%})" if found.ratio else ""
     yield "size", f"{render.size(manifest.size_bytes)} of {render.size(manifest.raw_bytes)}{ratio}"
     if manifest.kind == "database":
@@ -161,6 +198,11 @@ def _facts(found: Found) -> Iterator[tuple[str, str]]:
         yield "encrypted", ", ".join(manifest.recipients)
     yield from (("finding", finding) for finding in manifest.findings)
     yield from (("note", note) for note in manifest.notes)
+
+
+def _place(found: Found) -> str:
+    outside = found.outside
+    return str(found.path) if outside is None else elsewhere.place_of(outside.label, outside.copy)
 
 
 _IN_FORCE = {True: "in force", False: "NO LONGER in force", None: "as it was when sealed (not looked at)"}
@@ -200,13 +242,20 @@ def _stock_commands(context: Context, found: Found) -> Iterator[StockCommand]:
     """In the order in which they are to be run. All can be pasted into bash as they are."""
     path, manifest = found.path, found.manifest
     checksum = path.name + names.CHECKSUM_SUFFIX
-    yield StockCommand("check the file", f"cd {quoted(str(path.parent))} && sha256sum -c {quoted(checksum)}")
+    if found.outside is not None:
+        yield StockCommand("bring it here", _fetch_command(context, found.outside, manifest))
+    there = "" if found.outside is not None else f"cd {quoted(str(path.parent))} && "
+    yield StockCommand("check the file", f"{there}sha256sum -c {quoted(checksum)}")
     if manifest.kind == "globals":
         # Roles that are there already are errors that mean nothing.
         yield StockCommand("restore roles and tablespaces", f"gunzip -c {quoted(str(path))} | psql -X -d postgres")
         return
-    roles = _globals_beside(context, manifest)
+    roles = _globals_beside(context, found)
     if roles is not None:
+        if found.outside is not None and found.outside.roles is not None:
+            roles_manifest = found.outside.roles.backup.manifest
+            fetch_roles = _fetch_command(context, found.outside, roles_manifest, _ROLES_DIRECTORY)
+            yield StockCommand("bring the roles here", fetch_roles)
         roles_command = f"gunzip -c {quoted(str(roles))} | psql -X -d postgres"
         yield StockCommand("on a new server: roles and tablespaces first", roles_command)
     if manifest.facts is not None:
@@ -231,6 +280,8 @@ def createdb_command(facts: DatabaseFacts, server_version: str) -> str:
 
 def _restore_command(context: Context, found: Found) -> str:
     target = f"--to dbname={_NEW_DATABASE} --create"
+    if found.outside is not None:
+        return f"pgkeep restore {quoted(found.manifest.id)}{_from(context, found.outside)} {target}"
     if found.backup is None:
         return f"pgkeep restore {quoted(str(found.path))} {target}"
     given = context.loaded.origins["root"] != "default"
@@ -238,17 +289,33 @@ def _restore_command(context: Context, found: Found) -> str:
     return f"pgkeep restore{root} {quoted(found.manifest.id)} {target}"
 
 
-def _globals_beside(context: Context, manifest: Manifest) -> Path | None:
-    """The roles that were dumped closest in time on the same cluster."""
+def _fetch_command(context: Context, outside: Outside, manifest: Manifest, directory: str = ".") -> str:
+    return f"pgkeep fetch {quoted(manifest.id)}{_from(context, outside)} --to {directory}"
+
+
+def _from(context: Context, outside: Outside) -> str:
+    file = f" --config {quoted(str(context.file.absolute()))}" if context.file is not None else ""
+    return f"{file} --from {quoted(outside.source)}"
+
+
+def _globals_beside(context: Context, found: Found) -> Path | None:
+    """The roles that were dumped closest in time on the same cluster: where they lie, or will once they are fetched."""
+    if found.outside is not None:
+        roles = found.outside.roles
+        return None if roles is None else Path(_ROLES_DIRECTORY, roles.backup.manifest.filename)
     if not context.services.layout.exists:
         return None
+    nearest = _nearest_roles(context.services.catalog().backups, found.manifest)
+    return None if nearest is None else (context.services.layout.active / nearest.path_in_vault).absolute()
+
+
+def _nearest_roles(backups: Iterable[SealedBackup], manifest: Manifest) -> SealedBackup | None:
     fitting = [
         backup
-        for backup in context.services.catalog().backups
+        for backup in backups
         if backup.manifest.kind == "globals" and backup.manifest.system_identifier == manifest.system_identifier
     ]
-    nearest = min(fitting, key=lambda backup: abs(backup.manifest.created_at - manifest.created_at), default=None)
-    return None if nearest is None else (context.services.layout.active / nearest.path_in_vault).absolute()
+    return min(fitting, key=lambda backup: abs(backup.manifest.created_at - manifest.created_at), default=None)
 
 
 def _notes(manifest: Manifest) -> Iterator[str]:

@@ -132,6 +132,12 @@ def is_about(line: bytes, event: str, identifier: str) -> bool:
     return record.get("event") == event and record.get("id") == identifier
 
 
+def sequence_of(line: bytes) -> int | None:
+    """A chained record's place; None for a line (without its newline) that is no such record."""
+    record = _read(line)
+    return None if record is None else record.sequence
+
+
 def examine(lines: Iterable[bytes]) -> Examination:
     """Follow the chain from the first line to the last; a newline at a line's end is not part of it."""
     examiner = _Examiner()

@@ -1,9 +1,10 @@
 """Which backups stay and which go: a pure function from what there is to a plan with reasons.
 
 In order of authority: nothing goes before the moment fixed at its sealing (the policy of today may only
-extend it); the newest good backups of each database stay however old they are; what is not good never
-counts as good, and goes only when enough good ones remain; the roles and tablespaces that a kept
-database backup needs stay with it.
+extend it); the newest good backups of each database stay however old they are; so do the newest good ones of
+each tier and database that a required destination has not got yet, but never more of them, or a destination kept
+down would fill the disk; what is not good never counts as good, and goes only when enough good ones remain; the
+roles and tablespaces that a kept database backup needs stay with it.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import datetime as dt
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from types import MappingProxyType
@@ -24,6 +25,7 @@ DEFAULT_DAYS: Mapping[Tier, int | None] = MappingProxyType(
     {Tier.HOURLY: 2, Tier.DAILY: 7, Tier.WEEKLY: 28, Tier.MONTHLY: 365, Tier.YEARLY: None, Tier.MANUAL: 30}
 )
 DEFAULT_KEEP_MINIMUM = 3
+NOTHING_AWAITED: Mapping[str, Collection[str]] = MappingProxyType({})
 
 
 class Rule(StrEnum):
@@ -33,6 +35,7 @@ class Rule(StrEnum):
     FOR_EVER = "for-ever"
     RETAINED = "retained"
     NEWEST_GOOD = "newest-good"
+    NOT_YET_COPIED = "not-yet-copied"
     TOO_FEW_GOOD = "too-few-good"
     NEEDED_GLOBALS = "needed-globals"
     EXPIRED = "expired"
@@ -82,22 +85,37 @@ def retain_until(policy: Policy, tier: Tier, sealed_at: dt.datetime) -> dt.datet
         return None
 
 
-def plan(backups: Iterable[SealedBackup], policy: Policy, now: dt.datetime) -> list[Decision]:
+def plan(
+    backups: Iterable[SealedBackup],
+    policy: Policy,
+    now: dt.datetime,
+    unconfirmed: Mapping[str, Collection[str]] = NOTHING_AWAITED,
+) -> list[Decision]:
     """One decision for each backup, the oldest first: carried out in this order, a crash leaves the newer ones.
 
-    ``now`` is aware, and comes from the vault's trusted clock. The result does not depend on the input's order.
+    ``now`` is aware, and comes from the vault's trusted clock. ``unconfirmed``: by the name of each required
+    destination, the paths in the vault that are not known to be there. The result does not depend on the input's order.
     """
     present = ordered(backups)
-    good = _good_dumps(present)
-    newest = _paths_of_newest(good, policy.keep_minimum)
-    decisions = [_decide_alone(backup, policy, now, newest, good) for backup in present]
+    good = _good_dumps(present, _group)
+    grounds = _Grounds(good, _paths_of_newest(good, policy.keep_minimum), _pins(present, policy, unconfirmed))
+    decisions = [_decide_alone(backup, policy, now, grounds) for backup in present]
     needed = _needed_globals(decisions)
     return [_keep_if_needed(decision, needed) for decision in decisions]
 
 
-_Group = tuple[str, str, str]
+_Group = tuple[str, ...]
 # The names of one dump in several tiers are one backup when good ones are counted: they share their fate.
 _GoodDumps = Mapping[_Group, Sequence[Sequence[SealedBackup]]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Grounds:
+    """What keeps a backup whose time is over. ``pins``: by path, the destinations that have not got it."""
+
+    good: _GoodDumps
+    newest: frozenset[str]
+    pins: Mapping[str, Sequence[str]]
 
 
 def _group(backup: SealedBackup) -> _Group:
@@ -105,12 +123,29 @@ def _group(backup: SealedBackup) -> _Group:
     return manifest.system_identifier, manifest.kind, manifest.database
 
 
-def _good_dumps(present: Iterable[SealedBackup]) -> _GoodDumps:
-    """For each database its good dumps, the newest first, each with all its names."""
+def _group_in_tier(backup: SealedBackup) -> _Group:
+    return *_group(backup), backup.manifest.type.value
+
+
+def _pins(
+    present: Sequence[SealedBackup], policy: Policy, unconfirmed: Mapping[str, Collection[str]]
+) -> Mapping[str, Sequence[str]]:
+    """For each destination the newest good ones that it has not got, so many of each tier and database."""
+    pins: dict[str, list[str]] = defaultdict(list)
+    for destination in sorted(unconfirmed):
+        awaited = frozenset(unconfirmed[destination])
+        missing = _good_dumps((each for each in present if each.path_in_vault in awaited), _group_in_tier)
+        for path in _paths_of_newest(missing, policy.keep_minimum):
+            pins[path].append(destination)
+    return pins
+
+
+def _good_dumps(present: Iterable[SealedBackup], group: Callable[[SealedBackup], _Group]) -> _GoodDumps:
+    """For each group its good dumps, the newest first, each with all its names."""
     dumps: dict[_Group, dict[tuple[dt.datetime, str], list[SealedBackup]]] = defaultdict(lambda: defaultdict(list))
     for backup in present:
         if backup.is_good:
-            dumps[_group(backup)][backup.manifest.created_at, backup.manifest.sha256].append(backup)
+            dumps[group(backup)][backup.manifest.created_at, backup.manifest.sha256].append(backup)
     return {
         group: sorted(of_group.values(), key=lambda names: max(map(sealing_order, names)), reverse=True)
         for group, of_group in dumps.items()
@@ -123,9 +158,7 @@ def _paths_of_newest(good: _GoodDumps, count: int) -> frozenset[str]:
     )
 
 
-def _decide_alone(
-    backup: SealedBackup, policy: Policy, now: dt.datetime, newest: frozenset[str], good: _GoodDumps
-) -> Decision:
+def _decide_alone(backup: SealedBackup, policy: Policy, now: dt.datetime, grounds: _Grounds) -> Decision:
     """The decision without regard to what other backups need of this one."""
     manifest = backup.manifest
     if now < manifest.sealed_at:
@@ -137,18 +170,20 @@ def _decide_alone(
     if now < until:
         reason = f"kept: until {_moment(until)} ({manifest.type}, {_origin(backup, policy)})"
         return Decision(backup, True, reason, Rule.RETAINED)
-    return _decide_expired(backup, policy, now - until, newest, good)
+    return _decide_expired(backup, policy, now - until, grounds)
 
 
-def _decide_expired(
-    backup: SealedBackup, policy: Policy, since: dt.timedelta, newest: frozenset[str], good: _GoodDumps
-) -> Decision:
-    if backup.path_in_vault in newest:
+def _decide_expired(backup: SealedBackup, policy: Policy, since: dt.timedelta, grounds: _Grounds) -> Decision:
+    if backup.path_in_vault in grounds.newest:
         reason = f"kept: one of the newest {policy.keep_minimum} good backups of {_subject(backup)}"
         return Decision(backup, True, reason, Rule.NEWEST_GOOD)
+    if backup.path_in_vault in grounds.pins:
+        where = " and ".join(grounds.pins[backup.path_in_vault])
+        which = f"one of the newest {policy.keep_minimum} {backup.manifest.type} backups of {_subject(backup)}"
+        return Decision(backup, True, f"kept: not yet at {where} ({which} that are not)", Rule.NOT_YET_COPIED)
     if backup.is_good:
         return Decision(backup, False, f"removed: expired {_age(since)} ago", Rule.EXPIRED)
-    remaining = len(good.get(_group(backup), ()))
+    remaining = len(grounds.good.get(_group(backup), ()))
     doubt = backup.state if backup.state != "sealed" else "with findings"
     if remaining < policy.keep_minimum:
         counted = f"{remaining} good of {policy.keep_minimum} wanted"

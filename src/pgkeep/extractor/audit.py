@@ -1,7 +1,11 @@
-"""``extraction_audit.jsonl``: what was copied, mended and lost, one JSON object a line."""
+"""``extraction_audit.jsonl``: what was copied, mended, lost and removed, one JSON object a line.
+
+The vault reads it, to learn which destinations have which backups (``vault/confirmations.py``).
+"""
 
 from __future__ import annotations
 
+import fcntl
 import os
 import stat
 from pathlib import Path
@@ -18,6 +22,8 @@ Event = Literal[
     "repaired",
     "copy missing",
     "copy damaged",
+    "copy expired",
+    "lock prolonged",
     "extraction failed",
     "destination adopted",
     "temporary files removed",
@@ -38,6 +44,7 @@ def record(path: Path, event: Event, /, **details: Any) -> None:
         try:
             if not stat.S_ISREG(os.fstat(descriptor).st_mode):
                 raise RefusedError(f"{path} is not a regular file", "move it away: the extractor makes a new log")
+            fcntl.flock(descriptor, fcntl.LOCK_EX)  # passes to several destinations write at the same time
             durable.write_all(descriptor, _after_torn_line(descriptor) + line)
             os.fsync(descriptor)
         finally:

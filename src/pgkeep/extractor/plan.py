@@ -10,6 +10,7 @@ from typing import Literal
 
 import msgspec
 
+from pgkeep.domain import manifest as manifests
 from pgkeep.domain import names
 
 Signature = tuple[int, int, int]
@@ -21,17 +22,43 @@ RECHECK_PART_MAXIMUM = 0.25
 _RECHECK_HASTE = 0.9
 
 
-class File(msgspec.Struct, frozen=True, gc=False):
-    """One file of a copy, as it was when it was compared with its source."""
+# What the vault keeps beyond its promise may be about to go: nobody locks it anew in the first moments.
+_KEPT_BEYOND = dt.timedelta(days=1)
+
+
+class File(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
+    """One file of a copy, as it was when it was compared with its source; ``version`` as the place calls it."""
 
     size_bytes: int
     sha256: str
+    version: str = ""
+
+
+class Origin(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
+    """What of the source's manifest decides how long its copy stays, and under what lock."""
+
+    kind: manifests.Kind
+    type: names.Tier
+    database: str
+    system_identifier: str
+    created_at: dt.datetime
+    sealed_at: dt.datetime
+    retain_until: dt.datetime | None
+    is_doubted: bool = False
+
+
+class Locked(msgspec.Struct, frozen=True, gc=False):
+    """The destination's own lock on a copy, as it was when it was last asked for."""
+
+    since: dt.datetime
+    until: dt.datetime
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
     """One copy at one destination. ``path`` is there, ``files`` by what follows the dump's name; times in UTC.
 
-    ``problem`` stays until the copy is whole again.
+    ``problem`` stays until the copy is whole again. ``expired_at``: its time at the destination was over then; it is
+    gone or about to go, and remembered while the vault has the original, so that it is not copied anew.
     """
 
     id: str
@@ -41,6 +68,9 @@ class Record(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=F
     copied_at: dt.datetime
     checked_at: dt.datetime
     problem: Problem = ""
+    origin: Origin | None = None
+    locked: Locked | None = None
+    expired_at: dt.datetime | None = None
 
     @property
     def size_bytes(self) -> int:
@@ -72,11 +102,19 @@ def folder_of(path: str) -> str:
     return path.rpartition("/")[0]
 
 
-def compare(
-    sources: Mapping[str, Signature], records: Mapping[str, Record], listings: Mapping[str, Mapping[str, int]]
-) -> Plan:
-    """``listings``: names and sizes in each folder of a record."""
-    seen = {path: state_outside(record, listings.get(folder_of(record.path), {})) for path, record in records.items()}
+def living(records: Mapping[str, Record]) -> dict[str, Record]:
+    """Those that are to be there."""
+    return {path: record for path, record in records.items() if record.expired_at is None}
+
+
+def files_of(records: Iterable[Record]) -> dict[str, str]:
+    """Every file of these copies: its path at the destination, and its version."""
+    return {record.path + suffix: file.version for record in records for suffix, file in record.files.items()}
+
+
+def compare(sources: Mapping[str, Signature], records: Mapping[str, Record], sizes: Mapping[str, int]) -> Plan:
+    """``sizes``: of the records' files, by path at the destination; what is not there is not in it."""
+    seen = {path: state_outside(record, sizes) for path, record in records.items()}
     there = [path for path, state in seen.items() if not state]
     # Read and found bad: names and sizes don't show it.
     bad = {path: records[path].problem for path in there if records[path].problem == "damaged"}
@@ -91,11 +129,30 @@ def compare(
 
 def state_outside(record: Record, sizes: Mapping[str, int]) -> Problem:
     """Judged by names and sizes alone."""
-    filename = record.path.rpartition("/")[2]
-    seen = {suffix: sizes.get(filename + suffix) for suffix in record.files}
+    seen = {suffix: sizes.get(record.path + suffix) for suffix in record.files}
     if all(seen[suffix] == file.size_bytes for suffix, file in record.files.items()):
         return ""
     return "missing" if None in seen.values() else "damaged"
+
+
+def lock_wanted(record: Record, now: dt.datetime, longest: dt.timedelta) -> dt.datetime | None:
+    """Until when to lock the copy of a backup that the vault still has; None: its lock will do.
+
+    Only when less than half of it is left: each extension is a request for every file. ``longest``: no lock may end
+    later than that from now.
+    """
+    locked, origin = record.locked, record.origin
+    if locked is None or origin is None or (locked.until - now) * 2 > locked.until - locked.since:
+        return None
+    if origin.retain_until is None:
+        wanted = now + longest
+    elif origin.retain_until > locked.until:
+        wanted = min(origin.retain_until, now + longest)
+    elif now < origin.retain_until + _KEPT_BEYOND:
+        return None
+    else:
+        wanted = now + min(locked.until - locked.since, longest)
+    return wanted if wanted > locked.until else None
 
 
 def to_recheck(

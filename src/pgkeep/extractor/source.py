@@ -17,7 +17,7 @@ from pgkeep.adapters.destinations import Content
 from pgkeep.domain import manifest as manifests
 from pgkeep.domain import names
 from pgkeep.errors import FormatError, IntegrityError, NotFoundError, StorageError
-from pgkeep.extractor.plan import Signature
+from pgkeep.extractor.plan import Origin, Signature
 
 DIRECTORIES: Final = (*(tier.value for tier in names.Tier), names.GLOBALS_DIRECTORY)
 _CHECKSUM_LIMIT_BYTES: Final = 4096
@@ -33,6 +33,27 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     filename: manifests.FileName
     size_bytes: manifests.Count
     sha256: manifests.Digest
+    kind: manifests.Kind
+    type: names.Tier
+    database: str
+    system_identifier: str
+    created_at: manifests.Moment
+    sealed_at: manifests.Moment
+    retain_until: manifests.Moment | None
+    findings: tuple[str, ...] = ()
+
+    @property
+    def origin(self) -> Origin:
+        return Origin(
+            kind=self.kind,
+            type=self.type,
+            database=self.database,
+            system_identifier=self.system_identifier,
+            created_at=self.created_at,
+            sealed_at=self.sealed_at,
+            retain_until=self.retain_until,
+            is_doubted=bool(self.findings),
+        )
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -49,6 +70,7 @@ class Backup:
     """An open backup. ``parts`` are in the order in which they are to appear: the dump first, the manifest last."""
 
     id: str
+    origin: Origin
     signature: Signature
     parts: tuple[Part, ...]
 
@@ -104,7 +126,8 @@ def opened(active: Path, path: str) -> Iterator[Backup]:
         parts = [Part("", dump, Content(facts.size_bytes, facts.sha256)), checksum.part]
         with contextlib.suppress(NotFoundError):  # not every vault signs
             parts.append(_sidecar(directory, active, path, names.SIGNATURE_SUFFIX, _SIGNATURE_LIMIT_BYTES, stack).part)
-        yield Backup(facts.id, _signature(os.fstat(manifest.part.descriptor)), (*parts, manifest.part))
+        signature = _signature(os.fstat(manifest.part.descriptor))
+        yield Backup(facts.id, facts.origin, signature, (*parts, manifest.part))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -1,6 +1,6 @@
 """What the extractor remembers: its destination, every copy there, and what it has reported. All of it can be lost.
 
-Below ``extracted/<kind of destination>/``: ``memory.json``, and ``<destination's id>/<tier>/<dump>.json``, a copy each.
+Below ``extracted/<name of the destination>/``: ``memory.json``, and ``<its id>/<tier>/<dump>.json``, a copy each.
 Without it, copies that are whole are recognised again by their digests.
 """
 
@@ -19,6 +19,7 @@ import msgspec
 from pgkeep.adapters import durable
 from pgkeep.adapters.sidecars import read_sidecar
 from pgkeep.errors import FormatError, NotFoundError, RefusedError
+from pgkeep.extractor import anchors
 from pgkeep.extractor.plan import Record
 from pgkeep.progress import Progress
 
@@ -50,11 +51,16 @@ class Told(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class Memory(msgspec.Struct, kw_only=True):
-    """What is remembered beside the copies. ``rechecked_until``: see :func:`pgkeep.extractor.plan.to_recheck`."""
+    """What is remembered beside the copies. ``rechecked_until``: see :func:`pgkeep.extractor.plan.to_recheck`.
+
+    ``failing_since``: the first pass that went wrong of those that did without a good one since.
+    """
 
     format: int = _FORMAT
     destination: str | None = None
     rechecked_until: dt.datetime | None = None
+    failing_since: dt.datetime | None = None
+    anchors: anchors.Memory = anchors.Memory()
     told: dict[str, Told] = {}
 
     def is_news(self, key: str, message: str, now: dt.datetime) -> bool:

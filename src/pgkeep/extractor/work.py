@@ -10,8 +10,9 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 from pgkeep.adapters import clock, durable
+from pgkeep.domain import retention
 from pgkeep.errors import IntegrityError, NotFoundError, PgkeepError, StorageError
-from pgkeep.extractor import plan, source
+from pgkeep.extractor import expiry, plan, source
 from pgkeep.extractor.copies import Copies, Failure, Journal
 from pgkeep.extractor.plan import Plan, Problem, Signature
 from pgkeep.progress import Progress
@@ -22,15 +23,22 @@ _FAILURES_IN_A_ROW: Final = 3
 
 @dataclasses.dataclass(slots=True)
 class Report:
-    """What a pass did, by path below ``active/``; ``lost`` copies are broken, and their originals have expired."""
+    """What a pass did, by path below ``active/``; ``lost`` copies are broken, and their originals have expired.
 
+    ``name``, ``destination``: what it is called, and where it is. ``expired``: removed, as their time there was over.
+    ``alarm``: the vault's audit log is not what it was.
+    """
+
+    name: str
     destination: str
     extracted: list[str] = dataclasses.field(default_factory=list)
     repaired: list[str] = dataclasses.field(default_factory=list)
     adopted: list[str] = dataclasses.field(default_factory=list)
     rechecked: list[str] = dataclasses.field(default_factory=list)
+    expired: list[str] = dataclasses.field(default_factory=list)
     failures: list[Failure] = dataclasses.field(default_factory=list)
     lost: list[Failure] = dataclasses.field(default_factory=list)
+    alarm: str = ""
 
     @property
     def troubles(self) -> list[Failure]:
@@ -67,14 +75,58 @@ class Work:
             reason = f"{len(self._waiting)} more backups wait until {self._copies.label} takes them"
             self._fail("", StorageError(f"{reason}, {self._waiting[0]} first", "mend the failures before this one"))
 
-    def reread(self, todo: Plan, period: dt.timedelta) -> None:
-        """Those that had gone and are back, and as many of the others as are due."""
+    def settle_expired(self, sizes: Mapping[str, int]) -> set[str]:
+        """Finish removals that were cut off; what the vault has still of what was removed: not to be copied again."""
+        still: set[str] = set()
+        for path, record in [each for each in self._copies.records.items() if each[1].expired_at is not None]:
+            if any(record.path + suffix in sizes for suffix in record.files):
+                finish = functools.partial(self._copies.finish_expiry, path, "the removal was cut off")
+                self._attempt(path, functools.partial(finish, in_vault=path in self._sources))
+            elif path not in self._sources:
+                self._copies.state.forget(self._copies.destination, path)
+            if path in self._sources:
+                self._attempt(path, functools.partial(self._tell_apart, path, still))
+        return still
+
+    def expire(self, policy: retention.Policy) -> None:
+        """Whatever is over by the destination's own policy leaves it, the oldest first."""
+        for each in expiry.due(plan.living(self._copies.records), policy, clock.now()):
+            self._attempt(each.path, functools.partial(self._expire, each))
+
+    def prolong(self, longest: dt.timedelta, asked: set[str]) -> None:
+        """Extend the locks of what the vault still has. ``asked``: whose locks are known to be unknown; it grows."""
+        for path, record in list(plan.living(self._copies.records).items()):
+            if path in self._sources and not record.problem:
+                if record.locked is None and path not in asked:
+                    asked.add(path)
+                    self._attempt(path, functools.partial(self._copies.learn_lock, path))
+                until = plan.lock_wanted(self._copies.records[path], clock.now(), longest)
+                if until is not None:
+                    self._attempt(path, functools.partial(self._copies.extend_lock, path, until))
+
+    def reread(self, todo: Plan, period: dt.timedelta | None) -> None:
+        """Those that had gone and are back, and as many of the others as are due; None: names and sizes will do."""
+        if period is None:
+            for path in todo.reappeared:
+                self._attempt(path, functools.partial(self._copies.accept, path))
+            return
         memory, now = self._copies.journal.memory, clock.now()
         since = memory.rechecked_until or now
         chosen, until = plan.to_recheck(self._copies.records, todo.to_reread, now, period, since)
         for path in (*todo.reappeared, *chosen):
             self._attempt(path, functools.partial(self._recheck, path))
         memory.rechecked_until = until
+
+    def _expire(self, due: expiry.Due) -> None:
+        if self._copies.expire(due.path, due.reason, in_vault=due.path in self._sources):
+            self._report.expired.append(due.path)
+
+    def _tell_apart(self, path: str, still: set[str]) -> None:
+        record = self._copies.records[path]
+        if record.source == self._sources[path] or self._copies.is_the_one_removed(path):
+            still.add(path)
+        else:
+            self._copies.state.forget(self._copies.destination, path)
 
     def _bring(self, path: str) -> None:
         before = None if self._try_all else self._copies.journal.known_to_fail(path)

@@ -11,11 +11,11 @@ import shutil
 import signal
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from pgkeep.adapters import durable, lock, pgbinaries, postgres, process
-from pgkeep.adapters.artifact_reader import ArtifactReader, LocalFile
+from pgkeep.adapters.artifact_reader import ArtifactReader, File
 from pgkeep.domain import loading
 from pgkeep.domain import selection as selections
 from pgkeep.domain import toc as tocs
@@ -27,7 +27,7 @@ from pgkeep.errors import FormatError, RefusedError, RestoreError, ToolError
 from pgkeep.progress import Progress
 from pgkeep.restore import rows
 from pgkeep.restore import target as targets
-from pgkeep.restore.rebuild import rebuild
+from pgkeep.restore.rebuild import Placed, batches, rebuild
 
 POLL_SECONDS = 0.05
 _ARCHIVE_PREFIX = "restore-"
@@ -82,7 +82,7 @@ class _Plan:
 
 
 def restore(
-    file: LocalFile,
+    file: File,
     target: postgres.Target,
     facts: DatabaseFacts | None,
     options: Options,
@@ -97,14 +97,14 @@ def restore(
     seconds: dict[str, float] = {}
     started = time.monotonic()
     reader = ArtifactReader(file)
-    with _archive_directory(scratch) as directory, contextlib.ExitStack() as undo:
+    with scratch_directory(scratch) as directory, contextlib.ExitStack() as undo:
         plan = _prepare(reader, target, facts, options, progress, undo)
 
         def wanted(part: Part) -> bool:
             return not options.schema_only and plan.wants(part)
 
         with _timed(seconds, "rebuild"):
-            _require_space(scratch, filter(wanted, reader.index.parts))
+            _require_space(scratch, file, batches(reader, wanted))
             rebuild(reader, file, directory, wanted)
         progress.step("restore.rebuilt")
         undo.pop_all()
@@ -137,7 +137,8 @@ def sweep(scratch: Path) -> list[str]:
 
 
 @contextlib.contextmanager
-def _archive_directory(scratch: Path) -> Iterator[Path]:
+def scratch_directory(scratch: Path) -> Iterator[Path]:
+    """An empty directory for the block; :func:`sweep` removes it if the process is killed."""
     with tempfile.TemporaryDirectory(prefix=_ARCHIVE_PREFIX, dir=scratch) as directory, lock.in_use(Path(directory)):
         yield Path(directory)
 
@@ -258,9 +259,12 @@ def _left_out(plan: _Plan) -> Iterator[str]:
         yield f"{each.partition} is no partition of {each.parent} now; to attach it: {each.statement}"
 
 
-def _require_space(scratch: Path, parts: Iterable[Part]) -> None:
+def _require_space(scratch: Path, file: File, groups: Sequence[Sequence[Placed]]) -> None:
     """Tables are copied as they are; large objects become files of their own."""
+    parts = [part for group in groups for _, part in group]
     needed_bytes = sum(part.raw_bytes if isinstance(part, LargeObjectsPart) else part.length for part in parts)
+    if file.is_remote:
+        needed_bytes += max((sum(part.length for _, part in group) for group in groups), default=0)
     if durable.free_bytes(scratch) < needed_bytes:
         raise RefusedError(
             f"rebuilding the archive takes {needed_bytes} bytes; {scratch} has {durable.free_bytes(scratch)} free",

@@ -94,6 +94,11 @@ class Layout:
         return self.logs / "backup_audit.jsonl"
 
     @property
+    def extraction_audit(self) -> Path:
+        """The extractor's log: the vault reads it, and writes nothing there."""
+        return self.logs / "extraction_audit.jsonl"
+
+    @property
     def exists(self) -> bool:
         return (self.active / IDENTITY_NAME).exists()
 

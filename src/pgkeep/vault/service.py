@@ -21,6 +21,7 @@ from pgkeep.domain.retention import Decision
 from pgkeep.errors import FormatError, PgkeepError, RefusedError, StorageError
 from pgkeep.vault import audit_log, condition, expire, inbox, moved, seal, staging, store
 from pgkeep.vault.condition import Condition, Heartbeat, Pulse
+from pgkeep.vault.confirmations import Confirmations
 from pgkeep.vault.holdings import Holdings
 from pgkeep.vault.inspector import InspectorGoneError
 from pgkeep.vault.intake import Desk, Intake, Throttle
@@ -40,12 +41,16 @@ _KNOWN_NAME = "known-vault.json"
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Options:
-    """What the configuration decides. ``inspect`` comes with ``rules``; ``expressions`` are the scheduled tiers."""
+    """What the configuration decides. ``inspect`` comes with ``rules``; ``expressions`` are the scheduled tiers.
+
+    ``required_destinations``: the newest backups stay until these are known to have them.
+    """
 
     rules: seal.Rules
     expressions: Mapping[Tier, str]
     zone: str
     subjects: int = admission.DEFAULT_SUBJECTS
+    required_destinations: tuple[str, ...] = ()
 
 
 class Service:
@@ -60,6 +65,7 @@ class Service:
         self._remember()
         self._places = tuple(_place(path) for path in self._watched())
         self._holdings = Holdings(vault.layout)
+        self._confirmations = Confirmations(vault.layout, options.required_destinations)
         self._outcomes = Outcomes(vault)
         self._condition = Condition(standing)
         self._throttle = Throttle(vault)
@@ -174,7 +180,8 @@ class Service:
     def _clean_up(self) -> list[Decision]:
         """Remove what has expired; a full disk must not stand in the way. Raises ``PgkeepError``."""
         self._holdings.read()
-        decisions = retention.plan(self._holdings.backups, self._options.rules.policy, clock.now())
+        awaited = self._confirmations.unconfirmed(self._holdings.backups)
+        decisions = retention.plan(self._holdings.backups, self._options.rules.policy, clock.now(), awaited)
         try:
             if not all(decision.keep for decision in decisions):
                 give_up_reserve(self._layout)
@@ -205,6 +212,7 @@ class Service:
             lambda: condition.damaged(self._holdings.backups, self._holdings.defects),
             lambda: condition.short_of_space(self._layout, self._options.rules.reserve_bytes, self._holdings.backups),
             self._crowded,
+            self._confirmations.problems,
         )
         return self._condition.problems(checks)
 

@@ -118,9 +118,11 @@ class Place(Protocol):
     def sweep(self, folders: Iterable[str]) -> list[str]:
         """Remove what a killed run left below these folders, at any depth of one level more. The paths removed."""
 
-    def manifests(self, folders: Iterable[str]) -> Iterator[Listed]:
-        """Every manifest below these folders (tiers), by path; of versions of one path the oldest first.
+    def files(self, folders: Iterable[str]) -> Iterator[Listed]:
+        """Every regular file below these folders, at any depth, by path; of versions of one path the oldest first.
 
+        Only the files that pgkeep would read: no half-made ones, no delete markers. A folder that is not there is
+        empty. Callers choose by the path's ending (``.manifest.json``) or by the folder (``anchors``, ``daily``).
         Raises ``StorageError``, also where listing is not allowed.
         """
 

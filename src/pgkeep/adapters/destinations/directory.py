@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import datetime as dt
 import errno
 import hashlib
 import os
+import secrets
 import stat
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Final
 
 from pgkeep.adapters import durable
-from pgkeep.adapters.destinations import NOT_A_FILE, Content
+from pgkeep.adapters.destinations import NOT_A_FILE, Content, Listed, Lock, Probe
 from pgkeep.errors import FormatError, IntegrityError, NotFoundError, RefusedError, StorageError
 from pgkeep.progress import Progress, Silent
 
@@ -20,6 +22,7 @@ MARKER_NAME: Final = ".pgkeep-destination.json"
 _MARKER_LIMIT_BYTES: Final = 64 * 1024
 _FOLDER_MODE: Final = 0o755
 _BLOCK_BYTES: Final = 1024 * 1024
+_TRIAL_BYTES: Final = 64 * 1024
 # So much may wait in memory to be written: a slow share then can't hold one flush up for minutes.
 _FLUSH_BYTES: Final = 32 * 1024 * 1024
 # Of the vault's own disk, where the copies are on it: they are never deleted, and must not end the backups.
@@ -47,15 +50,30 @@ class DirectoryDestination:
         return str(self._path)
 
     @contextlib.contextmanager
-    def opened(self) -> Iterator[DirectoryPlace]:
+    def opened(self, *, to_read: bool = False) -> Iterator[DirectoryPlace]:
         """Held open to the end of the block: a share that is unmounted meanwhile is not written underneath."""
         root = self._open()
         try:
+            if to_read:
+                yield DirectoryPlace(self._path, root, self._mode, 0, [])
+                return
             self._require_apart()
             self._require_writable(root)
             yield self._place(root)
         finally:
             os.close(root)
+
+    def probe(self, progress: Progress) -> Probe:
+        """Nothing is left behind: the file that is tried is removed again."""
+        with self.opened() as place:
+            place.try_out(progress)
+            found = (
+                f"{_TRIAL_BYTES} bytes were written to {self._path} ({durable.filesystem_type(self._path)}), "
+                f"read back and removed; {place.free_bytes()} bytes are free",
+                *place.warnings,
+                "nothing locks copies in a directory: whoever can write there can change and remove them",
+            )
+        return Probe(ok=True, lock="none", findings=found)
 
     def _open(self) -> int:
         try:
@@ -128,28 +146,54 @@ class DirectoryPlace:
     def write_marker(self, data: bytes) -> None:
         durable.write_atomically(self._root, MARKER_NAME, data, 0o644)
 
-    def listing(self, folder: str) -> Mapping[str, int]:
+    def sizes(self, files: Mapping[str, str]) -> Mapping[str, int]:
+        found: dict[str, int] = {}
+        for folder in sorted({path.rpartition("/")[0] for path in files}):
+            found |= {f"{folder}/{name}".lstrip("/"): size for name, size in self._listing(folder).items()}
+        return {path: found[path] for path in files if path in found}
+
+    def _listing(self, folder: str) -> Mapping[str, int]:
         try:
             with self._folder(folder) as directory, durable.explain(self._path / folder, "listing the copies"):
                 return dict(_sizes(directory))
         except NotFoundError:
             return {}
 
-    def read(self, path: str, limit_bytes: int) -> bytes:
+    def files(self, folders: Iterable[str]) -> Iterator[Listed]:
+        for folder in sorted(folders):
+            yield from sorted(self._files_below(folder), key=lambda file: file.path)
+
+    def _files_below(self, folder: str) -> Iterator[Listed]:
+        for name, size_bytes in self._listing(folder).items():
+            if size_bytes != NOT_A_FILE:
+                yield Listed(f"{folder}/{name}", size_bytes)
+        for name in self._folders_in(folder):
+            yield from self._files_below(f"{folder}/{name}")
+
+    def read(self, path: str, limit_bytes: int, version: str = "") -> bytes:
+        with self._open_file(path) as descriptor, durable.explain(self._path / path, "reading the file"):
+            data = b"".join(_blocks(descriptor, limit_bytes + 1))
+        if len(data) > limit_bytes:
+            raise FormatError(f"{self._path / path} is larger than {limit_bytes} bytes")
+        return data
+
+    @contextlib.contextmanager
+    def opened_file(self, path: str, version: str = "") -> Iterator[DirectoryFile]:
+        with self._open_file(path) as descriptor:
+            yield DirectoryFile(self._path / path, descriptor)
+
+    @contextlib.contextmanager
+    def _open_file(self, path: str) -> Iterator[int]:
         try:
             descriptor = durable.open_beneath(self._root, path)
         except RefusedError as error:
             raise FormatError(error.message) from error
         try:
-            with durable.explain(self._path / path, "reading the file"):
-                data = b"".join(_blocks(descriptor, limit_bytes + 1))
+            yield descriptor
         finally:
             os.close(descriptor)
-        if len(data) > limit_bytes:
-            raise FormatError(f"{self._path / path} is larger than {limit_bytes} bytes")
-        return data
 
-    def content(self, path: str, progress: Progress) -> Content | None:
+    def content(self, path: str, progress: Progress, version: str = "") -> Content | None:
         try:
             descriptor = durable.open_beneath(self._root, path)
         except (NotFoundError, RefusedError):
@@ -167,7 +211,16 @@ class DirectoryPlace:
         finally:
             os.close(descriptor)
 
-    def store(self, path: str, source: int, content: Content, progress: Progress, aside: str | None = None) -> None:
+    def store(
+        self,
+        path: str,
+        source: int,
+        content: Content,
+        progress: Progress,
+        *,
+        aside: str | None = None,
+        retain_until: dt.datetime | None = None,
+    ) -> str:
         folder, _, name = path.rpartition("/")
         self._require_room(path, content)
         with (
@@ -190,6 +243,38 @@ class DirectoryPlace:
                 progress.step("store.moved-aside")
             new.publish(directory, name)
         progress.step("store.published")
+        return ""
+
+    def lock(self, path: str, version: str = "") -> Lock | None:
+        return None
+
+    def prolong(self, path: str, until: dt.datetime, version: str = "") -> None:
+        """Nothing is locked here."""
+
+    def remove(self, path: str, version: str = "") -> None:
+        folder, _, name = path.rpartition("/")
+        durable.require_plain(name)
+        try:
+            with self._folder(folder) as directory, durable.explain(self._path / path, "removing the file"):
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(name, dir_fd=directory)
+                os.fsync(directory)
+        except NotFoundError:
+            return
+
+    def free_bytes(self) -> int:
+        return durable.free_bytes(self._root)
+
+    def try_out(self, progress: Progress) -> None:
+        """Copy something here as a backup would be, and remove it. Raises ``StorageError``."""
+        name = f"{durable.TEMPORARY_PREFIX}trial-{secrets.token_hex(8)}"
+        data = os.urandom(_TRIAL_BYTES)
+        with open(os.memfd_create("pgkeep-trial"), "wb") as source:
+            durable.write_all(source.fileno(), data)
+            try:
+                self.store(name, source.fileno(), Content(len(data), hashlib.sha256(data).hexdigest()), progress)
+            finally:
+                self.remove(name)
 
     def sweep(self, folders: Iterable[str]) -> list[str]:
         removed = self._sweep_folder("")
@@ -269,6 +354,19 @@ class DirectoryPlace:
                 f"{self._path} keeps no modes: copies have {found:04o} instead of {self._mode:04o}, so that whoever "
                 f"reaches them there may write to them"
             )
+
+
+class DirectoryFile:
+    """A file that is open for reading at any offset."""
+
+    def __init__(self, path: Path, descriptor: int) -> None:
+        self._path = path
+        self._descriptor = descriptor
+        self.size_bytes = os.fstat(descriptor).st_size
+
+    def read(self, offset: int, length: int) -> bytes:
+        with durable.explain(self._path, "reading the copy"):
+            return os.pread(self._descriptor, length, offset)
 
 
 def _sizes(directory: int) -> Iterator[tuple[str, int]]:

@@ -6,11 +6,11 @@ import contextlib
 import dataclasses
 import datetime as dt
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from pgkeep.adapters import clock, durable, lock, postgres
-from pgkeep.adapters.destinations.directory import DirectoryDestination
+from pgkeep.adapters import destinations as adapter
 from pgkeep.agent import dump, handover
 from pgkeep.agent import run as agent_run
 from pgkeep.agent import service as agent_service
@@ -23,10 +23,13 @@ from pgkeep.errors import NotFoundError, PgkeepError, StorageError
 from pgkeep.extractor import extract
 from pgkeep.progress import Progress
 from pgkeep.restore import recover
+from pgkeep.settings import Destination
 from pgkeep.vault import audit_log, expire, inbox, receive, relocate, seal, service, store, unseal
 from pgkeep.vault.condition import Pulse
+from pgkeep.vault.confirmations import Confirmations
 from pgkeep.vault.inspector import Inspector
 from pgkeep.vault.layout import Layout, Vault, give_up_reserve, keep_reserve, open_vault, prepare_root, read_identity
+from pgkeep.wiring import places
 
 _Dump = Callable[[handover.Staged], Request]
 
@@ -155,7 +158,9 @@ class Services:
 
     def plan_cleanup(self) -> list[retention.Decision]:
         """What would expire now, with a reason for every backup. Raises ``NotFoundError``."""
-        return retention.plan(self.catalog().backups, self.policy, clock.now())
+        backups = self.catalog().backups
+        awaited = Confirmations(self.layout, self.settings.vault.required_destinations).unconfirmed(backups)
+        return retention.plan(backups, self.policy, clock.now(), awaited)
 
     def cleanup(self, progress: Progress, wait_seconds: float) -> list[retention.Decision]:
         """Carry :meth:`plan_cleanup` out; beside a vault that runs as a service, let that do it."""
@@ -168,17 +173,37 @@ class Services:
             expire.carry_out(vault, decisions, progress)
         return decisions
 
-    def extractor(self) -> extract.Extractor:
-        """What copies this vault's backups to the external directory."""
-        chosen, active = self.settings.extractor, self.layout.active
-        destination = DirectoryDestination(chosen.external_directory, int(chosen.external_mode, 8), active)
-        settings = extract.Settings(
-            active=active,
-            state=self.settings.root / "extracted",
-            log=self.layout.logs / "extraction_audit.jsonl",
-            recheck=dt.timedelta(days=chosen.recheck_days),
+    def extractors(self, names: Collection[str] = ()) -> list[extract.Extractor]:
+        """What copies this vault's backups: for each destination, or those of these ``names``.
+
+        Raises ``NotFoundError`` for an unknown name.
+        """
+        wanted = {places.find(self.settings, name).name for name in names}
+        chosen = [each for each in self.settings.extractor.destinations if not names or each.name in wanted]
+        return [self._extractor(each) for each in chosen]
+
+    def _extractor(self, chosen: Destination) -> extract.Extractor:
+        return extract.Extractor(
+            extract.Settings(
+                name=chosen.name,
+                active=self.layout.active,
+                state=places.state_of(self.layout.root, chosen),
+                log=self.layout.extraction_audit,
+                vault_log=self.layout.audit,
+                recheck=None if chosen.recheck_days is None else dt.timedelta(days=chosen.recheck_days),
+                policy=places.policy_of(chosen),
+                prolong=places.longest_lock_of(chosen),
+                required=chosen.required,
+                interval_seconds=chosen.interval_seconds or self.settings.extractor.check_interval_seconds,
+            ),
+            places.build(self.layout.root, chosen),
+            self._vault_id,
         )
-        return extract.Extractor(settings, destination, self._vault_id)
+
+    def destination(self, reference: str) -> adapter.Destination:
+        """The configured destination of that name, or a place: ``s3://bucket/prefix``, ``ssh://[user@]host[:port]/path``
+        or an absolute path. Raises ``NotFoundError``, ``UsageError``, ``ConfigurationError``."""
+        return places.resolve(self.settings, reference)
 
     def agent(self) -> agent_run.Setup:
         """What a run of the agent needs, for :func:`pgkeep.agent.run.back_up` and its neighbours."""
@@ -218,7 +243,11 @@ class Services:
             self._rules(named_by_database=several), inspect=inspector.inspect, limit_bytes=limit_bytes
         )
         chosen = service.Options(
-            rules, settings.schedule.expressions(), settings.schedule.timezone, settings.vault.subjects
+            rules,
+            settings.schedule.expressions(),
+            settings.schedule.timezone,
+            settings.vault.subjects,
+            settings.vault.required_destinations,
         )
         service.require_known(self.layout)
         with self.vault(pulse, wait_seconds, to_make_room=True) as vault:

@@ -1,6 +1,7 @@
 """The configuration: TOML file, environment over it, options over both, to the validated structs of ``settings.py``.
 
-:data:`SETTINGS` is the one table of all keys, variables and ranges; ``docs/configuration.md`` shows it.
+:data:`SETTINGS` is the table of all keys, variables and ranges, but for the destinations', which are in
+``destinations.py``; ``docs/configuration.md`` shows both.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
+from pgkeep.config import destinations
 from pgkeep.configuration_sources import (
     MASK,
     Given,
@@ -192,31 +194,26 @@ SETTINGS: tuple[Setting, ...] = (
         "Different databases (and servers' globals) that the vault takes.",
     ),
     Setting(
+        "vault.required_destinations",
+        ("PGKEEP_REQUIRED_DESTINATIONS",),
+        names(),
+        "Destinations that must have the newest backups before those may expire.",
+    ),
+    Setting(
         "extractor.check_interval_seconds",
         ("CHECK_INTERVAL",),
         integer(1, 86400),
         "Pause between two looks for backups to copy.",
     ),
-    Setting("extractor.external_directory", ("EXTERNAL_DIRECTORY",), path(), "Where the copies go."),
-    Setting(
-        "extractor.external_mode",
-        ("EXTERNAL_MODE",),
-        choice("0444", "0440", "0400"),
-        "Who may read the copies: everybody, the group, or the extractor's user alone.",
-    ),
-    Setting(
-        "extractor.recheck_days",
-        ("EXTERNAL_RECHECK_DAYS",),
-        integer(1, 365),
-        "Days within which every copy is read again in full.",
-    ),
     Setting("log.format", ("PGKEEP_LOG_FORMAT",), choice("text", "json"), "How services write their log to stdout."),
 )
 
+_ROWS = (*SETTINGS, *destinations.known_rows())
 _KEYS = {key for row in SETTINGS for key in row.all_keys()}
-_TABLES = tuple(dict.fromkeys(row.key.partition(".")[0] for row in SETTINGS if "." in row.key))
-_VARIABLES = {FILE_VARIABLE, PROGRAMS_VARIABLE} | {variable for row in SETTINGS for variable in row.all_variables()}
-_NAMESPACES = ("PGKEEP_", "BACKUP_RETENTION_")
+_KNOWN_KEYS = {key for row in _ROWS for key in row.all_keys()}
+_TABLES = (*dict.fromkeys(row.key.partition(".")[0] for row in SETTINGS if "." in row.key), destinations.TABLE)
+_VARIABLES = {FILE_VARIABLE, PROGRAMS_VARIABLE} | {variable for row in _ROWS for variable in row.all_variables()}
+_NAMESPACES = ("PGKEEP_", "BACKUP_RETENTION_", "S3_OBJECT_LOCK_")
 # Kubernetes sets these in every container beside a service whose name begins with pgkeep.
 _SERVICE_LINK = re.compile(
     r"PGKEEP_(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?)", re.ASCII
@@ -270,42 +267,50 @@ def load(file: Path | None, environment: Mapping[str, str], overrides: Mapping[s
         raise KeyError(*unknown)
     problems: list[str] = []
     file = _file(file, environment)
-    document = _document(file, problems)
+    document, kinds = _document(file, problems)
     variables = environment_source(environment)
     _check_variables(variables.values, problems)
     sources = (option_source(overrides), variables, file_source(file, document))
-    parsed = _parse_all(sources, problems)
+    places = [row for name, kind in {**destinations.KIND_OF, **kinds}.items() for row in destinations.rows(name, kind)]
+    parsed = _parse_all((*SETTINGS, *places), sources, problems)
     _select(parsed, problems)
+    settings = _build(parsed, kinds, problems)
     if problems:
         raise _error(problems)
-    origins = {row.key: parsed[row.key].origin if row.key in parsed else "default" for row in SETTINGS}
+    origins = {row.key: parsed[row.key].origin if row.key in parsed else "default" for row in (*SETTINGS, *places)}
+    origins |= {f"{destinations.TABLE}.{name}.kind": f"file {file}" for name in kinds}
     in_force = {key for key, found in parsed.items() if found.value}  # `all_databases = false` picks nothing
     programs = environment.get(PROGRAMS_VARIABLE) or None
-    return Loaded(_build(parsed), origins, libpq_variables(environment, in_force), programs)
+    return Loaded(settings, origins, libpq_variables(environment, in_force), programs)
 
 
 def describe() -> list[Row]:
-    """Every setting, in the order of the table."""
+    """Every setting, in the order of the tables; of destinations those of the names that need no file."""
+    defaults = {row.key: _value(Settings(), row.key) for row in SETTINGS}
+    defaults |= {row.key: destinations.default(row) for row in destinations.known_rows()}
     return [
         Row(
             key=", ".join(row.all_keys()),
             variable=", ".join(row.all_variables()),
-            default=_literal(row.rule, _value(Settings(), row.key)) or "",
+            default=_literal(row.rule, defaults[row.key]) or "",
             allowed=row.rule.allowed,
             meaning=row.meaning,
         )
-        for row in SETTINGS
+        for row in _ROWS
     ]
 
 
 def effective(loaded: Loaded) -> list[Effective]:
-    """Every setting's value and origin, secrets masked, in the order of the table."""
-    rows = []
-    for row in SETTINGS:
-        value = _value(loaded.settings, row.key)
-        plain = str(value) if isinstance(value, Path | Secret) else value
-        rows.append(Effective(row.key, plain, _literal(row.rule, value), loaded.origins[row.key]))
-    return rows
+    """Every setting's value and origin, secrets masked, in the order of the tables."""
+    found = [_effective(row, row.key, _value(loaded.settings, row.key), loaded) for row in SETTINGS]
+    places = destinations.in_force(loaded.settings.extractor)
+    return found + [_effective(row, key, value, loaded) for row, key, value in places]
+
+
+def _effective(row: Setting | None, key: str, value: object, loaded: Loaded) -> Effective:
+    plain = str(value) if isinstance(value, Path | Secret) else value
+    literal = _literal(row.rule, value) if row is not None else json.dumps(value)
+    return Effective(key, plain, literal, loaded.origins.get(key, "default"))
 
 
 def _file(file: Path | None, environment: Mapping[str, str]) -> Path | None:
@@ -324,21 +329,23 @@ def _default_file() -> Path | None:
     return DEFAULT_FILE
 
 
-def _document(file: Path | None, problems: list[str]) -> dict[str, object]:
+def _document(file: Path | None, problems: list[str]) -> tuple[dict[str, object], dict[str, str]]:
+    """A file's values by full key, and the kinds of the destinations that it has tables for."""
     if file is None:
-        return {}
+        return {}, {}
     try:
         found = dict(flatten(read_toml(file), _TABLES))
     except ConfigurationError as error:
         problems.append(f"{error.message}; {error.hint}")
-        return {}
+        return {}, {}
     for key, value in found.items():
         if key in _TABLES:
             problems.append(f"{key} (file {file}): must be a table: write [{key}] on a line of its own")
-        elif key not in _KEYS:
+        elif key not in _KEYS and not key.startswith(f"{destinations.TABLE}."):
             kind = "table" if isinstance(value, dict) else "key"
-            problems.append(f"{key} (file {file}): unknown {kind}{_suggestion(key, [*_TABLES, *_KEYS])}")
-    return found
+            problems.append(f"{key} (file {file}): unknown {kind}{_suggestion(key, [*_TABLES, *_KNOWN_KEYS])}")
+    kinds = destinations.open_tables(found, f"file {file}", _suggestion, problems)
+    return found, kinds
 
 
 def _check_variables(given: Mapping[str, object], problems: list[str]) -> None:
@@ -357,9 +364,9 @@ def _suggestion(name: str, known: Sequence[str]) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
-def _parse_all(sources: Sequence[Source], problems: list[str]) -> dict[str, _Parsed]:
+def _parse_all(rows: Sequence[Setting], sources: Sequence[Source], problems: list[str]) -> dict[str, _Parsed]:
     found: dict[str, _Parsed] = {}
-    for row in SETTINGS:
+    for row in rows:
         try:
             for rank, source in enumerate(sources):
                 if given := source.find(row):
@@ -404,12 +411,19 @@ def _error(problems: Sequence[str]) -> ConfigurationError:
     return ConfigurationError(f"{count}:{lines}", "`pgkeep config show` prints what is in force once all are mended")
 
 
-def _build(parsed: Mapping[str, _Parsed]) -> Settings:
+def _build(parsed: Mapping[str, _Parsed], kinds: Mapping[str, str], problems: list[str]) -> Settings:
     tree: dict[str, Any] = {}
-    for key, found in parsed.items():
-        table, _, field = key.rpartition(".")
-        (tree.setdefault(table, {}) if table else tree)[field] = found.value
-    return msgspec.convert(tree, Settings)
+    for row in SETTINGS:
+        if (found := parsed.get(row.key)) is not None:
+            table, _, field = row.key.rpartition(".")
+            (tree.setdefault(table, {}) if table else tree)[field] = found.value
+    settings = msgspec.convert(tree, Settings)
+    # After other problems, what is missing may only be what could not be read.
+    if not problems:
+        values = {key: found.value for key, found in parsed.items()}
+        chosen = destinations.build(kinds, values, problems)
+        settings = msgspec.structs.replace(settings, extractor=msgspec.structs.replace(settings.extractor, **chosen))
+    return settings
 
 
 def _value(settings: Settings, key: str) -> object:
