@@ -59,12 +59,12 @@ def test_the_document() -> None:
     }
     assert anchors.encode(made).endswith(b"}\n")
     assert anchors.decode(anchors.encode(made)) == made
-    assert anchors.path_of(made) == "anchors/2026-01-31/20260131T235959.000042Z-3.json"
+    assert anchors.path_of(made) == "anchors/2026-01/20260131T235959.000042Z-3.json"
 
 
 def test_the_path_is_of_the_day_in_utc() -> None:
     late = dt.datetime(2026, 2, 1, 1, 30, tzinfo=dt.timezone(dt.timedelta(hours=2)))
-    assert anchors.path_of(anchor(head_at(log(1), 1), late)).startswith("anchors/2026-01-31/20260131T233000.000000Z-1")
+    assert anchors.path_of(anchor(head_at(log(1), 1), late)).startswith("anchors/2026-01/20260131T233000.000000Z-1")
 
 
 def test_fields_of_a_later_pgkeep_are_passed_over() -> None:

@@ -2,7 +2,7 @@
 
 An anchor names a record by its sequence number and the SHA-256 of its line, which covers every line before it. A log
 that was cut off, rewritten (with its chain recomputed) or replaced by an older one does not hold that line. One small
-JSON document each, ``anchors/<YYYY-MM-DD>/<moment>-<sequence>.json``, never changed: ``docs/format.md`` describes it.
+JSON document each, ``anchors/<YYYY-MM>/<moment>-<sequence>.json``, never changed: ``docs/format.md`` describes it.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import datetime as dt
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal
 
 import msgspec
 
@@ -50,6 +50,11 @@ class Anchor(msgspec.Struct, frozen=True, kw_only=True):
     head: Head
 
 
+# Made here, by one thread: msgspec 0.22 crashes where several threads are the first to decode a type.
+_ANCHOR_DECODER: Final = msgspec.json.Decoder(Anchor)
+_TIMED_DECODER: Final = msgspec.json.Decoder(_Timed)
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Placed:
     """An anchor as it was found: ``label`` says where (its path, and its version if the place has such)."""
@@ -75,7 +80,7 @@ def encode(anchor: Anchor) -> bytes:
 def decode(data: bytes) -> Anchor:
     """Fields that are not known here are passed over. Raises ``FormatError``, also for a later format."""
     try:
-        anchor = msgspec.json.decode(data, type=Anchor)
+        anchor = _ANCHOR_DECODER.decode(data)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise FormatError(f"the anchor is malformed: {error}") from error
     if anchor.format != FORMAT:
@@ -87,7 +92,7 @@ def path_of(anchor: Anchor) -> str:
     """Where it is kept at a destination; no two moments share one."""
     moment = anchor.anchored_at.astimezone(dt.UTC)
     name = f"{moment:%Y%m%dT%H%M%S}.{moment.microsecond:06}Z-{anchor.head.sequence}{SUFFIX}"
-    return f"{FOLDER}/{moment:%Y-%m-%d}/{name}"
+    return f"{FOLDER}/{moment:%Y-%m}/{name}"
 
 
 def head_of(line: bytes, end: int) -> Head | None:
@@ -95,7 +100,7 @@ def head_of(line: bytes, end: int) -> Head | None:
     ``end``; None where the line is no record of the chain."""
     sequence = audit.sequence_of(line)
     try:
-        time = msgspec.json.decode(line, type=_Timed).time if sequence else None
+        time = _TIMED_DECODER.decode(line).time if sequence else None
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return None
     if sequence is None or time is None:

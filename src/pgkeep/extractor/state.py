@@ -75,6 +75,12 @@ class Memory(msgspec.Struct, kw_only=True):
         return msgspec.structs.replace(self, told=dict(self.told))
 
 
+# Made here, by one thread: msgspec 0.22 crashes where several threads are the first to decode a type.
+_MARKER_DECODER: Final = msgspec.json.Decoder(Marker)
+_MEMORY_DECODER: Final = msgspec.json.Decoder(Memory)
+_RECORD_DECODER: Final = msgspec.json.Decoder(Record)
+
+
 def encode_marker(marker: Marker) -> bytes:
     return msgspec.json.encode(marker) + b"\n"
 
@@ -82,7 +88,7 @@ def encode_marker(marker: Marker) -> bytes:
 def decode_marker(data: bytes) -> Marker:
     """Raises ``FormatError``, ``RefusedError`` (a newer pgkeep's)."""
     try:
-        marker = msgspec.json.decode(data, type=Marker)
+        marker = _MARKER_DECODER.decode(data)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise FormatError(f"the destination's marker is malformed: {error}") from error
     if marker.format > _FORMAT:
@@ -103,7 +109,7 @@ class State:
     def load_memory(self, progress: Progress) -> Memory:
         """Raises ``StorageError``, ``RefusedError`` (a newer pgkeep wrote it)."""
         try:
-            memory = msgspec.json.decode(read_sidecar(self._directory / _MEMORY_NAME, _MEMORY_LIMIT_BYTES), type=Memory)
+            memory = _MEMORY_DECODER.decode(read_sidecar(self._directory / _MEMORY_NAME, _MEMORY_LIMIT_BYTES))
         except NotFoundError:
             return Memory(told={})
         except (FormatError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
@@ -175,7 +181,7 @@ class State:
 def _read(file: Path, progress: Progress) -> Record | None:
     """None for what is no record: the copy is then recognised anew."""
     try:
-        return msgspec.json.decode(read_sidecar(file, _RECORD_LIMIT_BYTES), type=Record)
+        return _RECORD_DECODER.decode(read_sidecar(file, _RECORD_LIMIT_BYTES))
     except (FormatError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         progress.warn(f"{file} is unreadable, and its copy will be looked at anew: {error}")
         return None

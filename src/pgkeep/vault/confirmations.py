@@ -19,8 +19,8 @@ from pgkeep.domain.catalog import SealedBackup
 from pgkeep.vault.layout import Layout
 
 CONFIRMING: Final = frozenset({"extracted", "adopted", "repaired"})
-# The last two in the way of the first: what is no longer there has to be brought again.
-REVOKING: Final = frozenset({"copy missing", "copy damaged", "copy expired"})
+# What is no longer there has to be brought again. A copy that expired was there, and has served its time.
+REVOKING: Final = frozenset({"copy missing", "copy damaged"})
 ADOPTING: Final = "destination adopted"
 # Decades of a busy vault; more would hold the vault up, which does nothing else while it reads.
 LOG_LIMIT_BYTES: Final = 512 * 1024**2

@@ -65,6 +65,8 @@ class Bucket:
         self._name = options.bucket
         self._prefix = f"{options.prefix.strip('/')}/".lstrip("/")
         self._extras = _extras(options)
+        # Set by the first listing that may not show them.
+        self.hides_versions = False
 
     def close(self) -> None:
         self.client.close()
@@ -165,6 +167,7 @@ class Bucket:
             except ClientError as error:
                 if not is_denied(error) and not is_unsupported(error):
                     raise
+                self.hides_versions = True
                 yield from self._latest(prefix)
 
     def _all_versions(self, prefix: str) -> Iterator[Listed]:

@@ -170,6 +170,10 @@ class S3Place:
                 name = each.path.rpartition("/")[2]
                 if name and not durable.is_temporary(name):
                     yield each
+        if self._bucket.hides_versions:
+            self._warn(
+                "older versions can't be listed (s3:ListBucketVersions): what somebody wrote over a copy shows instead"
+            )
 
     @contextlib.contextmanager
     def opened_file(self, path: str, version: str = "") -> Iterator[S3File]:
@@ -275,7 +279,7 @@ class S3Place:
 
     def prolong(self, path: str, until: dt.datetime, version: str = "") -> None:
         """Raises ``NotFoundError``, ``StorageError``."""
-        asked = s3_locks.at_most(self._options, until, clock.now())
+        asked = s3_locks.wanted(self._options, until, clock.now())
         if asked is not None:
             s3_locks.ensure(self._bucket, path, self._require(path, version), asked)
 

@@ -48,6 +48,11 @@ class Part(msgspec.Struct, frozen=True, kw_only=True):
     checksum: str
 
 
+# Made here, by one thread: msgspec 0.22 crashes where several threads are the first to decode a type.
+_UPLOAD_DECODER: Final = msgspec.json.Decoder(Upload)
+_PART_DECODER: Final = msgspec.json.Decoder(Part)
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Remembered:
     """An upload and its finished parts by number."""
@@ -123,8 +128,8 @@ def _read(file: Path) -> Remembered | None:
         return None
     try:
         first, *others = read_sidecar(file, _LIMIT_BYTES).split(b"\n")[:-1] or [b""]
-        upload = msgspec.json.decode(first, type=Upload)
-        parts = [msgspec.json.decode(line, type=Part) for line in others]
+        upload = _UPLOAD_DECODER.decode(first)
+        parts = [_PART_DECODER.decode(line) for line in others]
     except (FormatError, msgspec.MsgspecError, UnicodeDecodeError):
         return None
     if upload.format != _FORMAT:
