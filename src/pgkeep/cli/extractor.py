@@ -99,9 +99,12 @@ def adopt(context: Context, wait_seconds: float) -> None:
 def _serve(context: Context) -> None:
     from pgkeep.cli.log import ServiceLog
     from pgkeep.extractor.daemon import Service
+    from pgkeep.watch import rights
 
     settings = context.services.settings
     log = ServiceLog("extractor", settings.log.format)
+    for warning in rights.warnings("extractor", context.services.layout.active):
+        log.warn(warning)
     try:
         Service(context.services.extractor(), log, settings.extractor.check_interval_seconds).run()
     except SystemExit as ending:
