@@ -16,10 +16,12 @@ from typing import Any
 
 import pytest
 
+from pgkeep.agent import run
 from pgkeep.domain import mailbox
 from pgkeep.domain.mailbox import Outcome
 from pgkeep.domain.names import Tier
 from pgkeep.domain.request import DUMP_NAME, FILE_NAME, encode
+from pgkeep.progress import Silent
 from pgkeep.vault import audit_log, intake, outcomes, staging
 from tests import clusters
 from tests.vault_daemon import Daemon, artifact, daemon, request
@@ -120,12 +122,16 @@ def _request(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path, str], N
     return make
 
 
+FORGED: dict[str, Callable[[Path, str], None]] = {
+    "a file": _file,
+    "a link to a directory": _link_to_directory,
+    "a link to nothing": lambda entry, _: entry.symlink_to("nowhere"),
+    "a FIFO": _fifo,
+    "a device": _device,
+}
+
 HOSTILE: dict[str, tuple[Callable[[Path, str], None], str]] = {
-    "a file": (_file, "no regular file"),
     "an empty directory": (_empty, "does not exist"),
-    "a link to a directory": (_link_to_directory, "not opened"),
-    "a FIFO": (_fifo, "not opened"),
-    "a device": (_device, "not opened"),
     "a dump that is a link": (_with(dump=lambda path: path.symlink_to("/etc/shadow")), "not opened"),
     "a dump that is a FIFO": (_with(dump=os.mkfifo), "not a regular file"),
     "a dump that is a device": (
@@ -328,7 +334,7 @@ def test_a_flood_of_entries_is_answered_only_so_far_and_written_down_only_so_oft
     with daemon() as own:
         junk = [own.entry(numbered(number)) for number in range(300)]
         for entry in junk:
-            entry.symlink_to("/etc")
+            entry.mkdir()
         honest = own.stage()
         own.start()
         own.until(lambda: len(own.outcomes()) >= outcomes.LIMIT)
@@ -336,10 +342,63 @@ def test_a_flood_of_entries_is_answered_only_so_far_and_written_down_only_so_oft
         time.sleep(1.5)
         assert len(own.outcomes()) < outcomes.LIMIT + 64
         assert len([each for each in own.audit() if each["event"] == "backup refused"]) <= intake.RECORDS_AN_HOUR
+        # An honest agent takes them away, before its next run at the latest.
         for entry in junk:
-            entry.unlink()
+            entry.rmdir()
         assert own.outcome(honest).state == "sealed"
         own.until(lambda: own.outcomes() == [honest])
+
+
+def test_forged_entries_keep_no_honest_one_waiting_and_are_recorded_once() -> None:
+    """Nobody takes away what is no directory: were they answered, two hundred would end the backups."""
+    clusters.need_root("becoming another user")
+    with daemon() as own:
+        kinds = list(FORGED.values())
+        junk = [own.entry(numbered(number)) for number in range(3 * outcomes.LIMIT)]
+        for number, entry in enumerate(junk):
+            kinds[number % len(kinds)](entry, entry.stem)
+        honest = own.stage()
+        own.start()
+        assert own.outcome(honest).state == "sealed"
+        # Answered as directories once, and then exchanged: an answer is kept for entries alone.
+        swapped = [own.entry(numbered(0x5000 + number)) for number in range(20)]
+        for entry in swapped:
+            entry.mkdir()
+        own.until(lambda: {entry.stem for entry in swapped} <= set(own.outcomes()))
+        for entry in swapped:
+            entry.rmdir()
+            entry.symlink_to("/etc")
+        own.until(lambda: own.outcomes() == [honest])
+        own.until(lambda: "are no directories: is the agent itself?" in own.problems())
+        records = [each for each in own.audit() if each["event"] == "entries forged"]
+        assert [record["count"] for record in records] == [len(junk)]
+        assert {each.get("id") for each in own.audit()}.isdisjoint({entry.stem for entry in junk})
+        assert own.said().count("left alone") == 1
+        own.assert_whole()
+
+
+@pytest.mark.parametrize("name", FORGED)
+def test_an_honest_agent_clears_forged_entries_away(name: str, tmp_path: Path) -> None:
+    active = tmp_path / "active"
+    own, partial = tmp_path / "staging" / f"{numbered(2)}.ready", tmp_path / "staging" / f"{numbered(3)}.other"
+    own.mkdir(parents=True)
+    partial.touch()
+    FORGED[name](tmp_path / "staging" / f"{numbered(1)}.ready", numbered(1))
+    said = Said()
+    run.clear_up(tmp_path / "staging", active, said)
+    assert {path.name for path in (tmp_path / "staging").iterdir()} - {"elsewhere"} == {own.name, partial.name}
+    assert len(said.warnings) == 1
+    assert "no directories" in said.warnings[0]
+
+
+class Said(Silent):
+    """What was warned of."""
+
+    def __init__(self) -> None:
+        self.warnings: list[str] = []
+
+    def warn(self, text: str) -> None:
+        self.warnings.append(text)
 
 
 def test_dumps_of_every_tier_that_nobody_asked_for_are_bounded_and_evict_nothing() -> None:
@@ -361,11 +420,13 @@ def test_dumps_of_every_tier_that_nobody_asked_for_are_bounded_and_evict_nothing
 
 def test_scanning_takes_the_oldest_in_constant_memory(tmp_path: Path) -> None:
     for number in range(300):
-        (tmp_path / f"{numbered(number)}.ready").touch()
-    (tmp_path / f"{numbered(5)}.failed").touch()
+        (tmp_path / f"{numbered(number)}.ready").mkdir()
+    (tmp_path / f"{numbered(5)}.failed").mkdir()
+    (tmp_path / f"{numbered(1)}.asked").touch()
     found = staging.scan(tmp_path, 8, lambda identifier: identifier != numbered(2))
     assert [entry.id for entry in found.entries] == [numbered(number) for number in (0, 1, 3, 4, 5, 5, 6, 7)]
-    assert found.names == 301
+    assert found.names == 302
+    assert (found.forged, found.example) == (1, f"{numbered(1)}.asked")
 
 
 def test_what_is_left_out_of_the_audit_log_is_counted_in_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

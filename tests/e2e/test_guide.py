@@ -330,6 +330,18 @@ class TestChecklist:
         wait_until(all_healthy, "health", say=stack.trouble)
         assert [stack.inspect(service, "{{.RestartCount}}") for service in SERVICES] == ["0", "0", "0"]
 
+    @pytest.mark.parametrize("service", SERVICES)
+    def test_every_services_doctor_is_content(self, stack: Stack, service: str) -> None:
+        done = stack.shell(f"docker exec {stack.container(service)} pgkeep doctor --json")
+        checks = json.loads(done.stdout)["checks"]
+        assert [each for each in checks if each["status"] == "fail"] == []
+        assert done.return_code == 0
+        by_name = {each["name"]: each for each in checks}
+        assert by_name["capabilities"]["status"] == by_name["clock"]["status"] == "ok"
+        assert ("pg_dump" in by_name) == (service == "backup-agent")
+        assert ("protection" in by_name) == (service == "backup-vault")
+        assert ("destination external" in by_name) == (service == "backup-extractor")
+
     def test_networks(self, stack: Stack) -> None:
         form = "{{range $name, $network := .NetworkSettings.Networks}}{{$name}} {{end}}"
         networks = {service: stack.inspect(service, form).split() for service in ("db", *SERVICES)}

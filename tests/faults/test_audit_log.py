@@ -232,6 +232,10 @@ def test_a_large_log_costs_no_more_than_a_small_one(vault: Vault, monkeypatch: p
     audit_log.record(vault, "sealed", id="last")
     assert 0 < read_bytes <= 70_000
     assert audit_log.holds(vault, "sealed", "last")
+    assert read_bytes <= 140_000
+    read_bytes = 0
+    assert not audit_log.holds(vault, "sealed", "never")
+    assert read_bytes <= audit_log.SEARCHED_BYTES + 70_000
 
 
 def test_a_line_of_many_megabytes_is_one_torn_line(vault: Vault) -> None:

@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 STOP_SECONDS = 20.0
+# A loaded machine may take fifteen to start one Python; nothing waits for as long as this where all is well.
+WAIT_SECONDS = 90.0
 
 
 class Service:
@@ -37,7 +39,7 @@ class Service:
         fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
         return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
 
-    def wait_for(self, condition: Callable[[], object], seconds: float = 30.0) -> None:
+    def wait_for(self, condition: Callable[[], object], seconds: float = WAIT_SECONDS) -> None:
         wait_for(condition, seconds, lambda: self.log, lambda: self.process.poll() is None)
 
     def stop(self, number: signal.Signals = signal.SIGTERM) -> tuple[int, float]:
@@ -76,7 +78,7 @@ def serving_vault(environment: Mapping[str, str], root: Path) -> Iterator[Servic
 
 def wait_for(
     condition: Callable[[], object],
-    seconds: float = 30.0,
+    seconds: float = WAIT_SECONDS,
     told: Callable[[], str] = lambda: "",
     possible: Callable[[], bool] = lambda: True,
 ) -> None:

@@ -15,14 +15,16 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
-from pgkeep.adapters import privileges
+from pgkeep.adapters import clock, privileges
 from pgkeep.domain import health, mailbox
+from pgkeep.domain.mailbox import Outcome
 from pgkeep.domain.names import Tier
 from pgkeep.progress import Silent
 from pgkeep.vault import condition, intake, outcomes
-from pgkeep.vault.layout import IDENTITY_NAME, Layout
+from pgkeep.vault.layout import IDENTITY_NAME, Layout, Vault
 from tests import clusters
 from tests.vault_daemon import USER, Daemon, daemon, system_python
 
@@ -383,7 +385,7 @@ def test_what_nobody_moves_is_a_problem(tmp_path: Path) -> None:
     assert b"nothing has moved for 15 minutes" in layout.health.read_bytes()
 
 
-def test_a_full_disk_is_answered_and_mended(loop_filesystem: clusters.LoopFilesystem) -> None:
+def test_a_full_disk_is_said_at_once_and_the_same_dump_tried_again(loop_filesystem: clusters.LoopFilesystem) -> None:
     place = loop_filesystem("ext4", 16)
     with daemon(place / "root", PGKEEP_RESERVE="8MiB") as own:
         own.start()
@@ -391,21 +393,66 @@ def test_a_full_disk_is_answered_and_mended(loop_filesystem: clusters.LoopFilesy
         filler = place / "filler"
         filler.write_bytes(b"x" * 9 * 1024 * 1024)
         identifier = own.stage()
-        outcome = own.outcome(identifier)
-        assert outcome.state == "failed"
-        assert "bytes free" in outcome.message
         own.until(lambda: "could not be sealed" in own.problems() and "bytes free" in own.problems())
+        assert own.outcomes() == []
         filler.unlink()
-        # The pause before the next try is a minute: another start does not shorten it, another dump may come.
-        other = own.stage()
-        assert own.outcome(other).state == "sealed"
+        assert own.outcome(identifier).state == "sealed"
         own.until(lambda: own.problems() == "")
         own.assert_whole()
         subprocess.run(["chattr", "-R", "-f", "-i", "-a", place])
 
 
+def test_a_failure_is_told_after_some_tries_and_tried_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    layout = Layout(tmp_path)
+    entry = layout.staging / "20260101T000000Z-aaaaaa.ready"
+    for directory in (entry, layout.outcomes):
+        directory.mkdir(parents=True)
+    now = [1000.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    own = outcomes.Outcomes(Vault(layout, "none"))
+    failed = Outcome(id=entry.stem, state="failed", time=clock.now())
+    published = layout.outcomes / f"{entry.stem}.json"
+    for seconds in outcomes.QUICK_RETRIES_SECONDS:
+        assert own.is_open(entry.stem)
+        own.publish(failed)
+        assert not published.exists()
+        now[0] += seconds - 0.1
+        assert not own.is_open(entry.stem), "it is not time yet"
+        now[0] += 0.2
+    own.publish(failed)
+    assert published.exists()
+    again = outcomes.Outcomes(Vault(layout, "none"))
+    now[0] += 59
+    assert not own.is_open(entry.stem)
+    assert not again.is_open(entry.stem), "another start remembers that it was told"
+    now[0] += 2
+    assert own.is_open(entry.stem)
+    assert again.is_open(entry.stem)
+    own.publish(msgspec.structs.replace(failed, state="sealed"))
+    assert mailbox.decode_outcome(published.read_bytes()).state == "sealed"
+    now[0] += 7200
+    assert not own.is_open(entry.stem)
+    entry.rmdir()
+    own.tidy()
+    assert not published.exists()
+
+
+def test_what_is_tried_again_counts_as_answered(tmp_path: Path) -> None:
+    layout = Layout(tmp_path)
+    layout.outcomes.mkdir(parents=True)
+    own = outcomes.Outcomes(Vault(layout, "none"))
+    for number in range(outcomes.LIMIT):
+        assert not own.is_full
+        own.publish(Outcome(id=f"20260101T000000Z-{number:06x}", state="failed", time=clock.now()))
+    assert own.is_full
+    own.tidy()
+    assert not own.is_full
+
+
 def test_pauses_between_tries_grow_to_an_hour() -> None:
-    assert [outcomes._delay_seconds(tries) for tries in (1, 2, 3, 7, 100)] == [60, 120, 240, 3600, 3600]
+    quick = len(outcomes.QUICK_RETRIES_SECONDS)
+    assert sum(outcomes.QUICK_RETRIES_SECONDS) < 60, "the agent waits, and holds its lock"
+    assert [outcomes._delay_seconds(quick + tries) for tries in (1, 2, 3, 7, 100)] == [60, 120, 240, 3600, 3600]
 
 
 def test_work_that_breaks_the_whole_service_off_is_given_up_in_the_end(vault: Daemon) -> None:

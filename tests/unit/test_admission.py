@@ -129,6 +129,15 @@ def test_what_was_sealed_before_the_clock_was_set_back_counts_for_a_while_only()
     assert assign(request(Tier.DAILY), NOW, several(Tier.DAILY, [NOW + 400 * DAY] * 9), POLICY).tiers == (Tier.DAILY,)
 
 
+def test_after_the_clock_was_set_back_a_quota_holds_for_each_of_the_lives_of_that_time() -> None:
+    """Two dailies were made a little ahead: the limit of four is now three times four, and no more."""
+    ahead = [NOW + 2 * HOUR, NOW + 3 * HOUR]
+    twice = several(Tier.DAILY, [*ahead, *(NOW - hours * HOUR for hours in (1, 2, 3, 4))])
+    assert assign(request(Tier.DAILY), NOW, twice, POLICY).tiers == (Tier.DAILY,)
+    full = several(Tier.DAILY, [*ahead, *(NOW - minutes * HOUR / 60 for minutes in range(1, 11))])
+    assert assign(request(Tier.DAILY), NOW, full, POLICY).tiers == (Tier.MANUAL,)
+
+
 def test_every_database_has_quotas_of_its_own_but_only_so_many_are_taken() -> None:
     full = several(Tier.MANUAL, [NOW] * 10)
     assert assign(request(Tier.MANUAL, database="other"), NOW, full, POLICY).tiers == (Tier.MANUAL,)

@@ -286,6 +286,34 @@ def test_a_clock_set_a_year_ahead_and_back(bench: Bench) -> None:
     assert bench.problems() == ()
 
 
+def test_what_was_made_ahead_of_time_is_no_backup_of_that_time(bench: Bench) -> None:
+    """The vault's names say tomorrow; when tomorrow comes after all, its slots are served."""
+    bench.settle()
+    bench.now += DAY
+    bench.settle()
+    for tier in GUIDE:
+        name = f"{bench.now:%Y-%m-%d_%H-%M-%S}.sql.gz.manifest.json"
+        (bench.root / "active" / tier / name).touch()
+    bench.now -= DAY
+    bench.settle()
+    bench.runs()
+    bench.pass_time(25 * HOUR, 20 * MINUTE)
+    runs = bench.runs()
+    assert sum("hourly" in run for run in runs) == 25
+    assert sum("daily" in run for run in runs) == 1
+
+
+def test_a_first_start_with_the_clock_ahead_hides_no_overdue_tier(bench: Bench) -> None:
+    bench.now += 30 * DAY
+    bench.start()
+    bench.settle()
+    bench.now -= 30 * DAY
+    bench.answers(backup=4)
+    bench.settle()
+    bench.pass_time(6 * HOUR, 20 * MINUTE)
+    assert any("the hourly backup is overdue" in problem for problem in bench.problems())
+
+
 def test_what_kills_the_service_in_its_runs_is_not_tried_at_once_for_ever(bench: Bench) -> None:
     (bench.root / "linger").touch()
     for pause in (1, 61, 61):

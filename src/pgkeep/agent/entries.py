@@ -146,13 +146,35 @@ def sweep_unfinished(staging: Path) -> None:
             remove(staging / name)
 
 
+def remove_forged(staging: Path) -> int:
+    """Remove links, files and the like that bear an entry's name: the agent leaves directories alone, the vault does
+    not look at others. How many; no more than :data:`ENTRIES_READ_LIMIT` at a time. Raises ``StorageError``.
+
+    The caller holds the lock of staging.
+    """
+    with durable.explain(staging, "clearing staging"), os.scandir(staging) as scan:
+        found = [Path(each.path) for each in islice(scan, ENTRIES_READ_LIMIT) if _is_forged(each)]
+        for path in found:
+            path.unlink(missing_ok=True)
+    return len(found)
+
+
 def silent_vault(count: int) -> VaultSilentError:
     return VaultSilentError(f"the vault does not take what is there: {count} dumps wait in staging", _RUNNING_HINT)
 
 
+def _is_named(name: str) -> bool:
+    stem, dot, last = name.rpartition(".")
+    return dot + last in _SUFFIXES and names.is_identifier(stem)
+
+
+def _is_forged(found: os.DirEntry[str]) -> bool:
+    return _is_named(found.name) and not found.is_dir(follow_symlinks=False)
+
+
 def _entry(found: os.DirEntry[str]) -> Entry | None:
     stem, dot, last = found.name.rpartition(".")
-    if dot + last not in _SUFFIXES or not names.is_identifier(stem) or not found.is_dir(follow_symlinks=False):
+    if not _is_named(found.name) or not found.is_dir(follow_symlinks=False):
         return None
     try:
         changed = found.stat(follow_symlinks=False).st_mtime

@@ -18,11 +18,12 @@ from pgkeep.domain.catalog import SealedBackup
 from pgkeep.domain.mailbox import PARTIAL_SUFFIX, READY_SUFFIX, Failure, Outcome
 from pgkeep.domain.names import GLOBALS_DIRECTORY, Tier
 from pgkeep.domain.request import Request
-from pgkeep.errors import FormatError, NotFoundError, PgkeepError, RefusedError, StorageError
+from pgkeep.errors import DatabaseError, FormatError, NotFoundError, PgkeepError, RefusedError, StorageError
 from pgkeep.progress import Progress
 
 LOCK_NAME = ".lock"
 DUMPS_WAITING_LIMIT = 3
+GLOBALS_TRIES = 3
 _REASON_CHARACTERS = 4000
 _CUT_OFF = "the run was cut off, and could not even say so"
 
@@ -117,6 +118,8 @@ def check_database(setup: Setup) -> None:
 def clear_up(staging: Path, active: Path, progress: Progress) -> None:
     """What runs before this one left: answered entries go, what was cut off is reported. The caller has the lock."""
     tell_and_collect(staging, active, progress)
+    if forged := entries.remove_forged(staging):
+        progress.warn(f"{forged} names in staging were no directories, so none of the agent's: removed")
     for path in sorted(staging.iterdir()):
         identifier, _, suffix = path.name.rpartition(".")
         if names.is_identifier(identifier) and f".{suffix}" == PARTIAL_SUFFIX:
@@ -168,8 +171,12 @@ def _back_up(setup: Setup, subject: _Subject, tiers: Sequence[Tier], progress: P
 def _dump(setup: Setup, subject: _Subject, tiers: Sequence[Tier], progress: Progress) -> str:
     """The identifier of what now waits for the vault. What fails or is interrupted is reported to it."""
     identifier = names.new_identifier(clock.now())
-    staged = Staged(setup.staging, identifier)
     failure = _failure(identifier, tiers, subject.label, _CUT_OFF, interrupted=True)
+    try:
+        staged = Staged(setup.staging, identifier)
+    except StorageError as error:
+        entries.report(setup.staging, _failure(identifier, tiers, subject.label, error), progress)
+        raise
     try:
         staged.foresee(failure)
         progress.step("run.began")
@@ -246,10 +253,27 @@ def _subjects(setup: Setup, tiers: Sequence[Tier], progress: Progress) -> list[_
         _Subject(name or "database", of(name), directories, name if len(databases) > 1 else None) for name in databases
     ]
     if setup.with_globals:
-        target = setup.target.database(databases[0]) if databases[0] else setup.target
-        make: _Dump = lambda staged: dump.dump_globals(staged, target, tiers, options, progress)  # noqa: E731
-        found.append(_Subject("globals", make, (GLOBALS_DIRECTORY,), None))
+        found.append(
+            _Subject("globals", _globals(setup, databases, tiers, options, progress), (GLOBALS_DIRECTORY,), None)
+        )
     return found
+
+
+def _globals(
+    setup: Setup, databases: Sequence[str | None], tiers: Sequence[Tier], options: dump.Options, progress: Progress
+) -> _Dump:
+    """They are the server's, whichever database it is asked in: one that is gone or closed to us is no reason."""
+
+    def make(staged: Staged) -> Request:
+        *others, last = (setup.target.database(name) if name else setup.target for name in databases[:GLOBALS_TRIES])
+        for target in others:
+            try:
+                return dump.dump_globals(staged, target, tiers, options, progress)
+            except DatabaseError as error:
+                progress.warn(f"globals: {error.message}; asking in another database")
+        return dump.dump_globals(staged, last, tiers, options, progress)
+
+    return make
 
 
 def _shortest_interval_seconds(setup: Setup, tiers: Sequence[Tier]) -> float | None:

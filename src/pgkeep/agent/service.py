@@ -143,7 +143,7 @@ class Service:
 
     def _look(self, now: dt.datetime) -> None:
         self._looked_at, self._look_again_at = now, now + LOOK_INTERVAL
-        newest = self._newest()
+        newest = self._newest(now)
         self._ailments = [*self._overdue(newest, now), *self._unanswered(now)]
         if self._child is not None:
             return
@@ -162,7 +162,8 @@ class Service:
             with contextlib.suppress(BusyError), lock.locked(self._setup.staging / run.LOCK_NAME):
                 run.tell_and_collect(self._setup.staging, self._setup.active, self._log)
 
-    def _newest(self) -> dict[Tier, dt.datetime | None]:
+    def _newest(self, now: dt.datetime) -> dict[Tier, dt.datetime | None]:
+        """None too for what the clock was set back behind: when that time comes again, its slot is due all the same."""
         found: dict[Tier, dt.datetime | None] = {}
 
         def look() -> None:
@@ -170,7 +171,8 @@ class Service:
 
         # Where the names can't be read, backups are made by the slots that were dealt with alone.
         self._guarded("listing the backups", look)
-        return found
+        self._state.ahead.update({tier: each for tier, each in found.items() if each and schedule.is_future(each, now)})
+        return {tier: None if each == self._state.ahead.get(tier) else each for tier, each in found.items()}
 
     def _due(self, newest: Mapping[Tier, dt.datetime | None], now: dt.datetime) -> dict[Tier, dt.datetime]:
         expressions, zone = self._setup.schedule, self._setup.zone
@@ -204,11 +206,12 @@ class Service:
     def _start_run(self, due: Mapping[Tier, dt.datetime], now: dt.datetime) -> None:
         tiers = [tier for tier in Tier if tier in due]
         arguments = ["agent", "backup", *(tier.value for tier in tiers), "--json", "--wait", str(_LOCK_WAIT_SECONDS)]
-        again = dict(due) == self._state.pending and self._state.pending_since is not None
-        if again and self._state.pending_since is not None:
-            arguments += ["--since", self._state.pending_since.isoformat()]
-        self._state.pending, self._state.tried_at = dict(due), now
-        self._state.pending_since = self._state.pending_since if again else now
+        since = self._state.pending_since if dict(due) == self._state.pending else None
+        if since is not None and not schedule.is_future(since, now):
+            arguments += ["--since", since.isoformat()]
+        else:
+            since = now
+        self._state.pending, self._state.tried_at, self._state.pending_since = dict(due), now, since
         self._state.unended += 1
         self._save()
         self._log.note(f"backing up: {', '.join(tiers)}")
@@ -285,10 +288,13 @@ class Service:
 
     def _overdue(self, newest: Mapping[Tier, dt.datetime | None], now: dt.datetime) -> list[str]:
         found = []
+        if schedule.is_future(self._state.first_started_at, now):
+            self._state.first_started_at = now
         for tier, expression in self._setup.schedule.items():
             known = newest.get(tier)
-            if known and schedule.is_future(known, now):
-                known = self._state.handled.get(tier)
+            handled = self._state.handled.get(tier)
+            if known is None and tier in self._state.ahead and handled and not schedule.is_future(handled, now):
+                known = handled
             since = max(filter(None, (known, self._state.first_started_at)))
             if schedule.is_overdue(expression, self._setup.zone, since, now):
                 last = f"the last is of {known:%Y-%m-%d %H:%M} UTC" if known else "there is none"

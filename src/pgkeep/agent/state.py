@@ -20,11 +20,13 @@ class State(msgspec.Struct, kw_only=True):
     """``handled``: the last slot of each tier that was dealt with, well or for good.
 
     ``pending``: the slots of the run under way or of one that failed, ``pending_since`` its first try; ``unended``: how
-    many runs in a row began and never ended, because the service itself was killed.
+    many runs in a row began and never ended, because the service itself was killed. ``ahead``: the newest backup of a
+    tier where it was made before the clock was set back.
     """
 
     first_started_at: dt.datetime
     handled: dict[Tier, dt.datetime] = {}
+    ahead: dict[Tier, dt.datetime] = {}
     pending: dict[Tier, dt.datetime] = {}
     pending_since: dt.datetime | None = None
     unended: int = 0

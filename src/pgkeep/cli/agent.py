@@ -17,7 +17,6 @@ from pgkeep.errors import ConfigurationError, PgkeepError, RefusedError, UsageEr
 if TYPE_CHECKING:
     from pgkeep.agent.run import Failed, Result
     from pgkeep.agent.service import Service, Setup
-    from pgkeep.domain.catalog import SealedBackup
 
 _TERMINATED = 143
 # A program does not hand these to its children by itself.
@@ -123,10 +122,14 @@ def _service(context: Context) -> Service:
     from pgkeep.agent.cron_log import CronLog
     from pgkeep.agent.service import Service
     from pgkeep.cli.log import ServiceLog
+    from pgkeep.watch import rights
 
-    form = context.services.settings.log.format
-    cron_log = CronLog(context.services.layout.logs / "cron.log", ServiceLog("agent", form).warn)
-    return Service(_setup(context), ServiceLog("agent", form, cron_log.append))
+    layout, form = context.services.layout, context.services.settings.log.format
+    cron_log = CronLog(layout.logs / "cron.log", ServiceLog("agent", form).warn)
+    log = ServiceLog("agent", form, cron_log.append)
+    for warning in rights.warnings("agent", layout.active):
+        log.warn(warning)
+    return Service(_setup(context), log)
 
 
 def _setup(context: Context) -> Setup:
@@ -144,7 +147,7 @@ def _show(context: Context, result: Result) -> None:
             # The document says it all; an error would print a second one.
             raise click.exceptions.Exit(failures[0].error.exit_code)
     for sealed in result.sealed:
-        _say(_summary(sealed))
+        _say(render.sealed_as(sealed))
     for label in result.skipped:
         _say(f"{label} has its backup already")
     for failed in failures[1:]:
@@ -165,13 +168,6 @@ def _document(context: Context, result: Result, failures: list[Failed]) -> dict[
             for failed in failures
         ]
     return document
-
-
-def _summary(sealed: SealedBackup) -> str:
-    manifest = sealed.manifest
-    what = f"{manifest.database} " if manifest.kind == "database" else ""
-    counts = f"{len(manifest.tables)} tables, {manifest.rows} rows, {render.size(manifest.size_bytes)}"
-    return f"sealed {what}as {sealed.path_in_vault} ({counts}, protection: {manifest.protection})"
 
 
 def _say(text: str) -> None:

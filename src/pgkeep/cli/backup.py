@@ -46,11 +46,7 @@ def command(context: Context, tiers: tuple[str, ...], wait_seconds: float, quiet
         objects = [render.backup_object(backup, active) for backup in run.sealed]
         render.print_json({**objects[0], "backups": objects})
     for backup in run.sealed:
-        manifest = backup.manifest
-        what = f"{manifest.database} " if manifest.kind == "database" else ""
-        summary = f"{len(manifest.tables)} tables, {manifest.rows} rows, {render.size(manifest.size_bytes)}"
-        text = f"sealed {what}as {backup.path_in_vault} ({summary}, protection: {manifest.protection})"
-        click.echo(f"pgkeep: {render.printable(text)}", err=True)
+        click.echo(f"pgkeep: {render.printable(render.sealed_as(backup))}", err=True)
     for failure in run.failures[1:]:
         click.echo(f"pgkeep: {render.printable(f'{failure.subject}: {failure.error.message}')}", err=True)
     if run.failures:

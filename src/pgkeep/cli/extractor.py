@@ -152,9 +152,12 @@ def _pass(extractor: Extractor, progress: Progress, wait_seconds: float) -> _Pas
 def _serve(context: Context) -> None:
     from pgkeep.cli.log import ServiceLog
     from pgkeep.extractor.daemon import Service
+    from pgkeep.watch import rights
 
     settings = context.services.settings
     log = ServiceLog("extractor", settings.log.format)
+    for warning in rights.warnings("extractor", context.services.layout.active):
+        log.warn(warning)
     try:
         Service(_chosen(context, ()), log, settings.root / "extracted").run()
     except SystemExit as ending:

@@ -65,6 +65,14 @@ def backup_object(backup: SealedBackup, active: Path) -> dict[str, Any]:
     }
 
 
+def sealed_as(backup: SealedBackup) -> str:
+    """The sentence on a new backup: ``sealed app as daily/… (12 tables, 340 rows, 1.5 MB, protection: chattr)``."""
+    manifest = backup.manifest
+    what = f"{manifest.database} " if manifest.kind == "database" else ""
+    counts = f"{len(manifest.tables)} tables, {manifest.rows} rows, {size(manifest.size_bytes)}"
+    return f"sealed {what}as {backup.path_in_vault} ({counts}, protection: {manifest.protection})"
+
+
 def print_json(document: Any) -> None:
     """One document, to stdout."""
     try:

@@ -20,6 +20,8 @@ from pgkeep.domain.request import Request
 
 HOURLY_BY_HAND: Final = 12
 MANUAL_PRESENT: Final = 30
+# After the clock was set back a time is lived twice: what was sealed then, what is sealed now, and what lies ahead.
+SET_BACK_FACTOR: Final = 3
 DEFAULT_SUBJECTS: Final = 64
 
 _DAY: Final = dt.timedelta(days=1)
@@ -137,9 +139,14 @@ class _Clerk:
                 return f"{tier}: the vault's schedule has it switched off"
             if self._is_due(tier):
                 return ""
-        quota = self._policy.quotas[tier]
-        recent = sum(_is_within(moment, self._now, quota.window) for moment in self._of(tier))
-        return f"{tier}: {recent} in {_span(quota.window)} already" if recent >= quota.count else ""
+        window = self._policy.quotas[tier].window
+        recent = [moment for moment in self._of(tier) if _is_within(moment, self._now, window)]
+        return f"{tier}: {len(recent)} in {_span(window)} already" if len(recent) >= self._limit(tier, recent) else ""
+
+    def _limit(self, tier: Tier, recent: Sequence[dt.datetime]) -> int:
+        """More where the clock was set back, which no agent can do: its slots come again, and are served again."""
+        is_set_back = tier is not Tier.MANUAL and any(schedule.is_future(moment, self._now) for moment in recent)
+        return self._policy.quotas[tier].count * (SET_BACK_FACTOR if is_set_back else 1)
 
     def _is_due(self, tier: Tier) -> bool:
         newest = max((moment for moment in self._of(tier) if not schedule.is_future(moment, self._now)), default=None)

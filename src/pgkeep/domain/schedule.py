@@ -12,6 +12,7 @@ expression like ``0 */6 * * *``: one run a year comes a slot late there.
 from __future__ import annotations
 
 import datetime as dt
+import functools
 from collections.abc import Iterator, Mapping
 from itertools import islice, pairwise
 
@@ -54,7 +55,13 @@ def next_slot(expression: str, zone: str, now: dt.datetime) -> dt.datetime:
 
 def interval(expression: str, zone: str, now: dt.datetime) -> dt.timedelta:
     """The shortest time between two neighbouring slots, of those that come next."""
-    slots = list(islice(_slots(expression, zone, latest_slot(expression, zone, now)), _SLOTS_COMPARED))
+    return _interval_after(expression, zone, latest_slot(expression, zone, now))
+
+
+# A service that looks once a minute asks the same until the next slot comes.
+@functools.lru_cache(maxsize=64)
+def _interval_after(expression: str, zone: str, slot: dt.datetime) -> dt.timedelta:
+    slots = list(islice(_slots(expression, zone, slot), _SLOTS_COMPARED))
     distances = [later - earlier for earlier, later in pairwise(slots)]
     if not distances:
         raise _never(expression)

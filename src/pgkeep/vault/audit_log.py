@@ -11,6 +11,7 @@ import errno
 import os
 import stat
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -22,6 +23,8 @@ from pgkeep.errors import RefusedError
 from pgkeep.vault.layout import Vault
 
 _BLOCK_BYTES = 64 * 1024
+# Some 50 000 records: what a crash left is mended before much else is written.
+SEARCHED_BYTES = 16 * 1024 * 1024
 _REMEDY = "find out who put it there, move it away, and let pgkeep begin a new log"
 
 
@@ -59,9 +62,19 @@ def weakness(vault: Vault) -> str:
 
 
 def holds(vault: Vault, event: str, identifier: str) -> bool:
-    """Was this recorded already, before the crash that is being mended? Raises ``StorageError``, ``RefusedError``."""
-    wanted = msgspec.json.encode(identifier)
-    return any(wanted in line and audit.is_about(line, event, identifier) for line in lines_of(vault.layout.audit))
+    """Was this recorded not long ago, before the crash that is being mended? A record further back is not found.
+
+    Raises ``StorageError``, ``RefusedError``.
+    """
+    wanted, path = msgspec.json.encode(identifier), vault.layout.audit
+    with durable.explain(path, "reading the audit log"):
+        try:
+            with _opened(path, os.O_RDONLY) as log:
+                # What a crash tore has no newline: no record, however whole it looks.
+                lines = islice(_newest_first(log, SEARCHED_BYTES), 1 if _after_torn_line(log) else 0, None)
+                return any(wanted in line and audit.is_about(line + b"\n", event, identifier) for line in lines)
+        except FileNotFoundError:
+            return False
 
 
 def examine(path: Path) -> audit.Examination:
@@ -101,15 +114,19 @@ def _opened(path: Path, flags: int) -> Iterator[int]:
         os.close(log)
 
 
-def _newest_first(log: int) -> Iterator[bytes]:
-    """The lines from the last one backwards, without newlines, in blocks: the last one costs the same in any log."""
+def _newest_first(log: int, limit_bytes: int | None = None) -> Iterator[bytes]:
+    """The lines from the last one backwards, without newlines, in blocks: the last one costs the same in any log.
+
+    With a limit, no more than that of the log's end is read; the last of these lines may be a part of one.
+    """
     position = os.fstat(log).st_size
+    least = 0 if limit_bytes is None else max(0, position - limit_bytes)
     position -= position > 0 and os.pread(log, 1, position - 1) == b"\n"
     if position == 0 and os.fstat(log).st_size == 0:
         return
     line = b""
-    while position > 0:
-        start = max(0, position - _BLOCK_BYTES)
+    while position > least:
+        start = max(least, position - _BLOCK_BYTES)
         *others, last = os.pread(log, position - start, start).split(b"\n")
         position = start
         line = _tail(last + line)

@@ -20,6 +20,10 @@ from pgkeep.vault.layout import Layout
 
 GRACE = dt.timedelta(minutes=30)
 REFUSALS_REMEMBERED = dt.timedelta(hours=24)
+FAILURES_REMEMBERED = dt.timedelta(hours=24)
+GLOBALS = "globals"
+# What the agent calls a database whose name it did not come to know, and a run that did not come to one.
+NAMELESS = ("", "database", "backup")
 # Longer than any disk takes for the 64 MiB between two signs of life.
 SILENCE_SECONDS = 900.0
 _PROBLEMS_SHOWN = 20
@@ -95,13 +99,31 @@ class Heartbeat:
 
 @dataclasses.dataclass
 class Condition:
-    """What the service remembers of itself between two looks."""
+    """What the service remembers of itself between two looks.
+
+    ``last_failure`` is its own trouble, until anything is sealed; ``failures`` are those of backups, by what they are
+    of, with their moments: a database that fails is not well because another, or the globals, were sealed since.
+    """
 
     standing: tuple[str, ...] = ()
     last_failure: str = ""
+    failures: dict[str, tuple[dt.datetime, str]] = dataclasses.field(default_factory=dict)
     refusals: deque[tuple[dt.datetime, str]] = dataclasses.field(
         default_factory=lambda: deque(maxlen=_REFUSALS_COUNTED)
     )
+
+    def failed(self, subject: str, text: str) -> None:
+        """``subject``: a database's name, or :data:`GLOBALS`, or one of :data:`NAMELESS`."""
+        self.failures.pop(subject, None)
+        self.failures[subject] = clock.now(), text
+        if len(self.failures) > _PROBLEMS_SHOWN:
+            del self.failures[next(iter(self.failures))]
+
+    def sealed(self, subject: str) -> None:
+        """What failed of it before is made good."""
+        self.last_failure = ""
+        for known in (subject, *(NAMELESS if subject != GLOBALS else ())):
+            self.failures.pop(known, None)
 
     def refused(self, reason: str) -> None:
         self.refusals.append((clock.now(), reason))
@@ -110,10 +132,15 @@ class Condition:
         self, checks: Sequence[Callable[[], Iterator[str]]], now: dt.datetime | None = None
     ) -> tuple[str, ...]:
         """Sentences, bounded in number and length; each of ``checks`` adds its own."""
-        found = [*self.standing, *filter(None, [self.last_failure]), *self._refused(now or clock.now())]
+        now = now or clock.now()
+        found = [*self.standing, *filter(None, [self.last_failure]), *self._failed(now), *self._refused(now)]
         for check in checks:
             found += check()
         return tuple(problem[:_PROBLEM_CHARACTERS] for problem in found[:_PROBLEMS_SHOWN])
+
+    def _failed(self, now: dt.datetime) -> Iterator[str]:
+        # A database that is not backed up any more is not ill for ever.
+        yield from (text for moment, text in self.failures.values() if abs(now - moment) < FAILURES_REMEMBERED)
 
     def _refused(self, now: dt.datetime) -> Iterator[str]:
         recent = [reason for moment, reason in self.refusals if abs(now - moment) < REFUSALS_REMEMBERED]
@@ -149,9 +176,11 @@ def damaged(sealed: Sequence[SealedBackup], defects: Sequence[str]) -> Iterator[
 
 
 def short_of_space(layout: Layout, reserve_bytes: int, sealed: Sequence[SealedBackup]) -> Iterator[str]:
-    """Would the next backup still fit, if it is as large as the newest? Raises ``StorageError``."""
-    newest = max(sealed, key=lambda backup: backup.manifest.sealed_at, default=None)
-    wanted_bytes = reserve_bytes + (newest.manifest.size_bytes if newest else 0)
+    """Would the largest of the next backups still fit, if it is as large as its last one? Raises ``StorageError``."""
+    newest: dict[admission.Subject, SealedBackup] = {}
+    for backup in sorted(sealed, key=lambda each: each.manifest.sealed_at):
+        newest[admission.subject_of(backup.manifest)] = backup
+    wanted_bytes = reserve_bytes + max((each.manifest.size_bytes for each in newest.values()), default=0)
     free_bytes = durable.free_bytes(layout.incoming)
     if free_bytes < wanted_bytes:
         yield f"{layout.active} has {free_bytes} bytes free; the next backup and the reserve take {wanted_bytes}"

@@ -22,7 +22,7 @@ from pgkeep.domain.mailbox import Outcome, SealedName
 from pgkeep.domain.request import Request
 from pgkeep.errors import IntegrityError, NotFoundError, PgkeepError, RefusedError, StorageError
 from pgkeep.progress import Progress
-from pgkeep.vault import audit_log, receive, seal
+from pgkeep.vault import audit_log, condition, receive, seal
 from pgkeep.vault.condition import Condition
 from pgkeep.vault.holdings import Holdings
 from pgkeep.vault.inspector import InspectorGoneError
@@ -149,7 +149,7 @@ class Intake:
         desk.progress.step("vault.admitted")
         if decision.tiers:
             self._seal(entry, request, decision)
-        desk.condition.last_failure = ""
+        desk.condition.sealed(_subject(request))
         return self._sealed(entry.id, decision.notes)
 
     def _seal(self, entry: Entry, request: Request, decision: Admission) -> None:
@@ -184,8 +184,9 @@ class Intake:
         event = "backup interrupted" if failure.interrupted else "backup failed"
         subject, reason = _cut(failure.subject), _cut(failure.reason)
         self._desk.throttle.record(event, id=entry.id, of=subject, tiers=failure.tiers, reason=reason, told_by="agent")
-        self._desk.condition.last_failure = f"{event}: {subject}: {reason}"
-        self._desk.progress.warn(self._desk.condition.last_failure)
+        text = f"{event}: {subject}: {reason}"
+        self._desk.condition.failed(subject, text)
+        self._desk.progress.warn(text)
         return _outcome(entry.id, "noted")
 
     def _take_wish(self, entry: Entry) -> Outcome:
@@ -215,14 +216,27 @@ class Intake:
         if not os.path.lexists(self._desk.vault.layout.staging / entry.name):
             return None
         reason = _cut(error.message)
-        self._desk.condition.last_failure = f"{entry.id} could not be sealed: {reason}"
-        self._desk.progress.warn(self._desk.condition.last_failure)
+        text = f"{entry.id} could not be sealed: {reason}"
+        self._desk.condition.failed(self._subject_of(entry), text)
+        self._desk.progress.warn(text)
         try:
             self._desk.throttle.record("sealing failed", id=entry.id, reason=reason)
         except StorageError as second:
             # A full disk often causes both.
             self._desk.progress.warn(f"the failure could not be written to the audit log: {second.message}")
         return _outcome(entry.id, "failed", reason, error.hint)
+
+    def _subject_of(self, entry: Entry) -> str:
+        """Empty where that can't be read, whatever the reason."""
+        try:
+            return _subject(receive.read_request(self._desk.vault.layout, entry.name))
+        except (PgkeepError, OSError):
+            return ""
+
+
+def _subject(request: Request) -> str:
+    """As the agent calls it in its reports."""
+    return condition.GLOBALS if request.kind == "globals" else _cut(request.database)
 
 
 def _outcome(identifier: str, state: Any, message: str = "", hint: str = "", **more: Any) -> Outcome:

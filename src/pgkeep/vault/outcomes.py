@@ -19,13 +19,15 @@ from pgkeep.vault.layout import Vault
 LIMIT = 200
 _MODE = 0o444
 _DIRECTORY_MODE = 0o755
+# A disk that was full for a moment need not cost another dump: so often the same one is tried before the agent hears.
+QUICK_RETRIES_SECONDS = (2.0, 5.0, 15.0)
 _FIRST_RETRY_SECONDS = 60.0
 _LAST_RETRY_SECONDS = 3600.0
 
 
 @dataclasses.dataclass(slots=True)
 class _Retry:
-    """When a dump that failed for reasons of the vault's own may be tried again."""
+    """When a dump that failed for reasons of the vault's own may be tried again, after so many tries."""
 
     tries: int
     due: float
@@ -45,28 +47,31 @@ class Outcomes:
     @property
     def is_full(self) -> bool:
         """The agent has to take some before anything new is answered."""
-        return len(self._answered) >= LIMIT
+        return len(self._answered | self._retries.keys()) >= LIMIT
 
     def is_open(self, identifier: str) -> bool:
         """Is there no answer yet and room for one, or one that another try may mend?"""
-        if identifier not in self._answered:
-            return not self.is_full
         retry = self._retries.get(identifier)
-        return retry is not None and time.monotonic() >= retry.due
+        if retry is not None:
+            return time.monotonic() >= retry.due
+        return identifier not in self._answered and not self.is_full
 
     def publish(self, outcome: Outcome) -> None:
-        """Replaces an earlier answer. Raises ``StorageError``."""
-        durable.write_atomically(self._directory, mailbox.outcome_name(outcome.id), mailbox.encode(outcome), _MODE)
-        self._answered.add(outcome.id)
+        """Replaces an earlier answer. A failure is told only after some tries. Raises ``StorageError``."""
         if outcome.state == "failed":
             tries = self._retries[outcome.id].tries + 1 if outcome.id in self._retries else 1
             self._retries[outcome.id] = _Retry(tries, time.monotonic() + _delay_seconds(tries))
-        else:
+            if tries <= len(QUICK_RETRIES_SECONDS):
+                return
+        durable.write_atomically(self._directory, mailbox.outcome_name(outcome.id), mailbox.encode(outcome), _MODE)
+        self._answered.add(outcome.id)
+        if outcome.state != "failed":
             self._retries.pop(outcome.id, None)
 
     def tidy(self) -> None:
         """Remove the answers to what the agent has taken away. Raises ``StorageError``."""
-        gone = [each for each in self._answered if not staging.is_there(self._vault.layout.staging, each)]
+        known = self._answered | self._retries.keys()
+        gone = [each for each in known if not staging.is_there(self._vault.layout.staging, each)]
         for identifier in gone:
             self._unlink(mailbox.outcome_name(identifier))
             self._answered.discard(identifier)
@@ -91,7 +96,8 @@ class Outcomes:
             if names.is_identifier(identifier) and (outcome := self._read(name)) is not None:
                 self._answered.add(identifier)
                 if outcome.state == "failed":
-                    self._retries[identifier] = _Retry(1, time.monotonic() + _FIRST_RETRY_SECONDS)
+                    tries = len(QUICK_RETRIES_SECONDS) + 1
+                    self._retries[identifier] = _Retry(tries, time.monotonic() + _delay_seconds(tries))
             else:
                 self._unlink(name)
 
@@ -108,4 +114,8 @@ class Outcomes:
 
 
 def _delay_seconds(tries: int) -> float:
-    return min(_FIRST_RETRY_SECONDS * 2.0 ** min(tries - 1, 16), _LAST_RETRY_SECONDS)
+    """How long to wait after so many: a little at first, then, with the failure told, up to an hour."""
+    if tries <= len(QUICK_RETRIES_SECONDS):
+        return QUICK_RETRIES_SECONDS[tries - 1]
+    told = tries - len(QUICK_RETRIES_SECONDS)
+    return min(_FIRST_RETRY_SECONDS * 2.0 ** min(told - 1, 16), _LAST_RETRY_SECONDS)

@@ -36,6 +36,7 @@ _ENTRIES_AT_ONCE = 64
 _EXPIRE_SECONDS = 3600.0
 _LOOK_SECONDS = 60.0
 _MANY_NAMES = 1000
+_FORGED_RECORD_SECONDS = 3600.0
 _KNOWN_NAME = "known-vault.json"
 
 
@@ -84,6 +85,8 @@ class Service:
         )
         self._scan_trouble = ""
         self._names = 0
+        self._forged = 0
+        self._next_forged_record = 0.0
         self._next_expiry = 0.0
         self._next_look = 0.0
         inbox.prepare(vault.layout)
@@ -124,7 +127,21 @@ class Service:
             return staging.Scan((), 0, 0.0)
         self._scan_trouble = ""
         self._names = scan.names
+        self._notice_forged(scan)
         return scan
+
+    def _notice_forged(self, scan: staging.Scan) -> None:
+        """On the record once an hour at most, however they come and go; a problem for as long as they are there."""
+        self._forged = scan.forged
+        if not scan.forged or time.monotonic() < self._next_forged_record:
+            return
+        self._next_forged_record = time.monotonic() + _FORGED_RECORD_SECONDS
+        self._next_look = 0.0  # the health check hears of it now
+        self._pulse.warn(f"{scan.forged} in {self._layout.staging} are no directories, e.g. {scan.example}: left alone")
+        try:
+            audit_log.record(self._vault, "entries forged", count=scan.forged, example=scan.example)
+        except PgkeepError as error:
+            self._trouble(f"what lies in staging could not be recorded: {error.message}")
 
     def _is_mended(self) -> bool:
         """Nothing new before what a failure left in the journal is finished or undone."""
@@ -204,6 +221,7 @@ class Service:
         """Said once; it stays a problem until a backup is sealed."""
         if text != self._condition.last_failure:
             self._pulse.warn(text)
+            self._next_look = 0.0  # the health check hears of it now
         self._condition.last_failure = text
 
     def _problems(self) -> tuple[str, ...]:
@@ -225,6 +243,8 @@ class Service:
             yield self._scan_trouble
         if self._names > _MANY_NAMES:
             yield f"{self._names} names crowd {self._layout.staging}: is the agent itself?"
+        if self._forged:
+            yield f"{self._forged} of the names in {self._layout.staging} are no directories: is the agent itself?"
         if self._outcomes.is_full:
             yield "the agent takes none of the vault's answers: is it running?"
 

@@ -1,10 +1,15 @@
-"""What the agent has left for the vault: only names are looked at here, however many and whatever they hide."""
+"""What the agent has left for the vault: only names and kinds are looked at here, however many and whatever they hide.
+
+The agent leaves directories. Links, files and devices of an entry's name are no entries: they are counted, and nothing
+else is done about them, so that no number of them keeps the vault from answering.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import heapq
 import os
+import stat
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -36,11 +41,16 @@ class Entry:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Scan:
-    """The first of what there is to do; how many names there were in all; how long looking took."""
+    """The first of what there is to do; how many names there were in all; how long looking took.
+
+    ``forged``: how many had an entry's name and were no directory, ``example`` one of them.
+    """
 
     entries: tuple[Entry, ...]
     names: int
     seconds: float
+    forged: int = 0
+    example: str = ""
 
 
 def scan(staging: Path, limit: int, is_wanted: Callable[[str], bool]) -> Scan:
@@ -48,9 +58,8 @@ def scan(staging: Path, limit: int, is_wanted: Callable[[str], bool]) -> Scan:
     started = time.monotonic()
     counted = _Counted()
     with durable.explain(staging, "looking for what the agent handed over"), os.scandir(staging) as found:
-        named = (entry_of(each.name) for each in counted.of(found))
-        entries = heapq.nsmallest(limit, (entry for entry in named if entry is not None and is_wanted(entry.id)))
-    return Scan(tuple(entries), counted.names, time.monotonic() - started)
+        entries = heapq.nsmallest(limit, (entry for entry in counted.entries(found) if is_wanted(entry.id)))
+    return Scan(tuple(entries), counted.names, time.monotonic() - started, counted.forged, counted.example)
 
 
 def entry_of(name: str) -> Entry | None:
@@ -62,16 +71,32 @@ def entry_of(name: str) -> Entry | None:
 
 def is_there(staging: Path, identifier: str) -> bool:
     """Does any entry of that identifier lie in staging still?"""
-    return any(os.path.lexists(staging / f"{identifier}{suffix}") for suffix in SUFFIXES)
+    return any(_is_directory(staging / f"{identifier}{suffix}") for suffix in SUFFIXES)
+
+
+def _is_directory(path: Path) -> bool:
+    try:
+        return stat.S_ISDIR(path.lstat().st_mode)
+    except FileNotFoundError:
+        return False
 
 
 class _Counted:
-    """Counts what passes through."""
+    """Picks the entries out of what passes through, and counts."""
 
     def __init__(self) -> None:
         self.names = 0
+        self.forged = 0
+        self.example = ""
 
-    def of(self, found: Iterator[os.DirEntry[str]]) -> Iterator[os.DirEntry[str]]:
+    def entries(self, found: Iterator[os.DirEntry[str]]) -> Iterator[Entry]:
         for each in found:
             self.names += 1
-            yield each
+            entry = entry_of(each.name)
+            if entry is None:
+                continue
+            if each.is_dir(follow_symlinks=False):
+                yield entry
+            else:
+                self.forged += 1
+                self.example = each.name

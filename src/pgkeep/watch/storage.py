@@ -136,8 +136,12 @@ def unfinished(layout: Layout) -> Iterator[Check]:
         yield Check("quarantine", "ok", "empty")
 
 
-def backups(catalog: store.Catalog | None, now: dt.datetime) -> Iterator[Check]:
-    """The state of what is there, and the newest one's age."""
+def backups(
+    catalog: store.Catalog | None,
+    now: dt.datetime,
+    remedy: str = "pgkeep backup; does whatever starts it still run?",
+) -> Iterator[Check]:
+    """The state of what is there, and the newest one's age. ``remedy``: what to do where there is no recent one."""
     found = ordered(catalog.backups) if catalog else []
     problems = [f"{backup.path_in_vault}: {problem}" for backup in found for problem in backup.problems]
     problems += catalog.defects if catalog else ()
@@ -145,14 +149,14 @@ def backups(catalog: store.Catalog | None, now: dt.datetime) -> Iterator[Check]:
         yield Check("backups", "fail", some(problems, 3), "`pgkeep verify --all` says more; make a new backup now")
     newest = {b.manifest.database: b.manifest.sealed_at for b in found if b.manifest.kind == "database"}
     if not newest:
-        yield Check("newest backup", "warn", "there is none yet", "pgkeep backup")
-    yield from (_age(name, now - sealed_at) for name, sealed_at in sorted(newest.items()))
+        yield Check("newest backup", "warn", "there is none yet", remedy)
+    yield from (_age(name, now - sealed_at, remedy) for name, sealed_at in sorted(newest.items()))
 
 
-def _age(database: str, age: dt.timedelta) -> Check:
+def _age(database: str, age: dt.timedelta, remedy: str) -> Check:
     text = f"{database}: {age.total_seconds() / 3600:.1f} hours old"
     if age > STALE_AFTER:
-        return Check("newest backup", "warn", text, "pgkeep backup; does whatever starts it still run?")
+        return Check("newest backup", "warn", text, remedy)
     return Check("newest backup", "ok", text)
 
 
