@@ -1,4 +1,4 @@
-"""Upload: pgkeep's extraction to S3, locks included, against what people use, to the same kind of server."""
+"""Upload to S3: pgkeep's adapter, locks included, against what people use, to the same kind of server."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ from tests.s3_servers import SeaweedFS
 
 BOTO = "boto3: upload_file"
 RCLONE = "rclone copyto"
+PASS = "pgkeep extractor once: all of a pass"
 TARGETS = (RatioTarget(BOTO, 1.05), RatioTarget(RCLONE, 1.05))
 IDENTITY = "owner"
 PREFIX = "bench"
-_PROGRAM = Path(__file__).with_name("upload_file.py")
+_ADAPTER, _BOTO = (Path(__file__).with_name(name) for name in ("store_file.py", "upload_file.py"))
 
 
 @contextlib.contextmanager
@@ -52,7 +53,7 @@ def variables(endpoint: str) -> dict[str, str]:
 
 
 def run(made: Vault, rounds: int, space: Workspace, say: Say) -> Race:
-    """Each uploads the same dump to an empty server; pgkeep its sidecars and its marker, too."""
+    """Each uploads the same dump to an empty server; a pass also sidecars, roles, marker and anchor."""
 
     @contextlib.contextmanager
     def arena() -> Iterator[SeaweedFS]:
@@ -66,12 +67,17 @@ def run(made: Vault, rounds: int, space: Workspace, say: Say) -> Race:
 
 def contenders(made: Vault) -> list[Contender[SeaweedFS]]:
     key = f"{PREFIX}/{made.dump.name}"
+    python_path = {"PYTHONPATH": made.environment["PYTHONPATH"]}
 
-    def pgkeep(running: SeaweedFS) -> None:
+    def adapter(running: SeaweedFS) -> None:
+        arguments = [running.endpoint, s3_servers.LOCKED, PREFIX, made.dump]
+        programs.run([sys.executable, _ADAPTER, *arguments], _keys() | python_path)
+
+    def whole_pass(running: SeaweedFS) -> None:
         made.extract(variables(running.endpoint))
 
     def boto(running: SeaweedFS) -> None:
-        programs.run([sys.executable, _PROGRAM, running.endpoint, s3_servers.LOCKED, key, made.dump], _keys())
+        programs.run([sys.executable, _BOTO, running.endpoint, s3_servers.LOCKED, key, made.dump], _keys())
 
     def rclone(running: SeaweedFS) -> None:
         options = ["--config", os.devnull, "--s3-provider=Other", "--s3-env-auth", "--s3-no-check-bucket"]
@@ -82,7 +88,12 @@ def contenders(made: Vault) -> list[Contender[SeaweedFS]]:
         ]
         programs.run(command, _keys())
 
-    return [Contender(PGKEEP, pgkeep), Contender(BOTO, boto), Contender(RCLONE, rclone)]
+    return [
+        Contender(PGKEEP, adapter),
+        Contender(BOTO, boto),
+        Contender(RCLONE, rclone),
+        Contender(PASS, whole_pass),
+    ]
 
 
 def peaks(databases: Databases, sizes: list[int], space: Workspace, say: Say) -> list[Peak]:

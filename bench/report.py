@@ -103,7 +103,7 @@ def _databases(databases: Sequence[DatabaseFigures]) -> str:
 
 
 def _race(race: Race) -> str:
-    headings = ("", "seconds", "lowest–highest", "text, MB/s", "output, MB", "pgkeep's time in this one's")
+    headings = ("", "seconds", "lowest–highest", "MB/s", "output, MB", "pgkeep's time in this one's")
     rows = [_race_row(race, timing) for timing in race.timings]
     # A column that nobody has anything for is left out.
     kept = [place for place in range(len(headings)) if any(row[place] for row in rows)]

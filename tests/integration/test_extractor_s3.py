@@ -120,6 +120,17 @@ def test_copies_are_recognised_with_their_versions_when_the_state_is_lost(locked
     assert [record["files"] for record in after] == [record["files"] for record in before]
 
 
+def test_copies_that_are_recognised_get_the_lock_that_they_lack(locked: InBucket) -> None:
+    """They come from a run that was killed before it locked them, or from a time without locks."""
+    locked.extractor(S3_OBJECT_LOCK_MODE="off").run_pass(Silent())
+    path = locked.key(locked.own.source("daily"))
+    assert "ObjectLockRetainUntilDate" not in locked.hands.head(path)
+    shutil.rmtree(locked.own.extracted)
+    locked.extractor().run_pass(Silent())
+    for suffix in ("", ".sha256", ".manifest.json"):
+        assert locked.hands.head(path + suffix)["ObjectLockRetainUntilDate"] > clock.now(), suffix
+
+
 def test_locks_are_extended_when_less_than_half_is_left(locked: InBucket, later: dict[str, dt.timedelta]) -> None:
     extractor = locked.extractor()
     began = clock.now()

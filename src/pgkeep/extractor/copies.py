@@ -21,7 +21,6 @@ from pgkeep.extractor.state import REPEAT_AFTER, Memory, State, Told
 from pgkeep.progress import Progress
 
 Outcome = Literal["extracted", "repaired", "adopted"]
-_FOR_EVER = dt.datetime.max.replace(tzinfo=dt.UTC)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -224,8 +223,7 @@ class Copies:
             return "missing", self._store(target, part, aside if target.version else None)
         size_is_right = sizes[target.outside] == part.content.size_bytes
         if size_is_right and self.place.content(target.outside, self.progress, target.version) == part.content:
-            # It may come from a run that was killed before it was locked.
-            self.place.prolong(target.outside, target.retain_until or _FOR_EVER, target.version)
+            self.place.secure(target.outside, target.retain_until, target.version)
             return "", target.version
         error = _broken(f"{self.label}/{target.outside}", "damaged")
         moved_to = f"{self.label}/{plan.folder_of(target.outside)}/{aside}"

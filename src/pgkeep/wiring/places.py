@@ -67,7 +67,7 @@ def longest_lock_of(chosen: Destination) -> dt.timedelta | None:
     """How far from now locks may be extended; None: they are left alone."""
     if not isinstance(chosen, S3Destination) or not chosen.prolong_locks or chosen.lock_mode is None:
         return None
-    return dt.timedelta(days=chosen.lock_days or chosen.lock_days_maximum)
+    return dt.timedelta(days=chosen.lock_days_maximum)
 
 
 def _build(chosen: Destination, root: Path, uploads: Path | None) -> adapter.Destination:

@@ -134,10 +134,10 @@ class Place(Protocol):
         """What keeps this file from being removed by whoever can write here; None: nothing does."""
 
     def prolong(self, path: str, until: dt.datetime, version: str = "") -> None:
-        """Lock it to that moment, as far as the destination's settings allow; nothing is ever shortened.
+        """Lock it to that moment at least; nothing is ever shortened. Does nothing where places have no locks."""
 
-        Does nothing where places have no locks.
-        """
+    def secure(self, path: str, retain_until: dt.datetime | None, version: str = "") -> None:
+        """Lock what was found there as :meth:`store` would have: whoever brought it may have been killed before."""
 
     def remove(self, path: str, version: str = "") -> None:
         """Remove a file whose time here is over. Raises ``RefusedError`` (locked, or never done at this kind of

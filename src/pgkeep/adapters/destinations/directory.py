@@ -251,6 +251,9 @@ class DirectoryPlace:
     def prolong(self, path: str, until: dt.datetime, version: str = "") -> None:
         """Nothing is locked here."""
 
+    def secure(self, path: str, retain_until: dt.datetime | None, version: str = "") -> None:
+        """There are no locks."""
+
     def remove(self, path: str, version: str = "") -> None:
         folder, _, name = path.rpartition("/")
         durable.require_plain(name)

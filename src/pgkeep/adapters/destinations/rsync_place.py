@@ -180,6 +180,9 @@ class RsyncPlace:
     def prolong(self, path: str, until: dt.datetime, version: str = "") -> None:
         """Nothing is locked here."""
 
+    def secure(self, path: str, retain_until: dt.datetime | None, version: str = "") -> None:
+        """There are no locks."""
+
     def remove(self, path: str, version: str = "") -> None:
         raise RefusedError(f"{self._label}/{path} stays: nothing is ever deleted by rsync", _NEVER_DELETED)
 

@@ -279,7 +279,13 @@ class S3Place:
 
     def prolong(self, path: str, until: dt.datetime, version: str = "") -> None:
         """Raises ``NotFoundError``, ``StorageError``."""
-        asked = s3_locks.wanted(self._options, until, clock.now())
+        self._ensure(path, s3_locks.at_most(self._options, until, clock.now()), version)
+
+    def secure(self, path: str, retain_until: dt.datetime | None, version: str = "") -> None:
+        """Raises ``NotFoundError``, ``StorageError``."""
+        self._ensure(path, s3_locks.wanted(self._options, retain_until, clock.now()), version)
+
+    def _ensure(self, path: str, asked: Lock | None, version: str) -> None:
         if asked is not None:
             s3_locks.ensure(self._bucket, path, self._require(path, version), asked)
 
