@@ -7,6 +7,7 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from pgkeep.adapters.scratch_cluster import ScratchCluster
@@ -19,6 +20,9 @@ def pytest_configure() -> None:
     for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
         if signal.getsignal(number) is signal.SIG_IGN:
             signal.signal(number, usual)
+    # How long one example takes says something of the machine's other work only.
+    hypothesis.settings.register_profile("pgkeep")
+    hypothesis.settings.load_profile("pgkeep")
 
 
 @pytest.fixture(scope="session")

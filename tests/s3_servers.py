@@ -74,6 +74,7 @@ class SeaweedFS:
         return f"http://127.0.0.1:{self.port}"
 
     def start(self) -> None:
+        assert self._running is None
         identities = self.directory / "identities.json"
         identities.write_text(json.dumps(_identities()))
         s3, master, filer, volume = self._ports

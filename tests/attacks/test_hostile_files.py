@@ -63,7 +63,7 @@ def test_every_flipped_byte_is_named() -> None:
     assert missed == []
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 @given(st.data())
 def test_flips_of_a_larger_artifact_are_named_by_the_deep_look(data: st.DataObject) -> None:
     position = data.draw(st.integers(0, len(LARGE) - 1))
@@ -282,7 +282,7 @@ def test_an_index_that_is_none_is_named(name: str) -> None:
     assert "index" in defects(forge.with_index(forged().body(), RAW_INDEXES[name]))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.binary(max_size=400))
 def test_an_index_of_noise_is_named(noise: bytes) -> None:
     body = forged().body()
@@ -297,7 +297,7 @@ json_values = st.recursive(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.data())
 def test_any_value_in_any_place_of_the_index_ends_in_words(data: st.DataObject) -> None:
     forgery = forged()
@@ -516,7 +516,7 @@ def test_a_setting_from_a_manifest_never_becomes_sql(value: str, members: list[s
     assert list_members(value) == members
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.integers(0, len(forge.toc()) - 1), st.integers(1, 255))
 def test_damaged_contents_under_right_digests_end_in_words_or_in_another_whole_archive(
     position: int, flip: int

@@ -257,7 +257,7 @@ LINES = st.lists(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(lines=LINES, ends_with_newline=st.booleans())
 def test_backwards_is_forwards_turned_round(
     tmp_path_factory: pytest.TempPathFactory, lines: list[bytes], ends_with_newline: bool

@@ -365,7 +365,7 @@ def test_a_name_that_holds_a_record_confirms_nothing(reader: Reader) -> None:
     assert reader.missing() == [1, 2, 3]
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.binary(max_size=60) | st.sampled_from(JUNK[:-1]) | st.sampled_from([b"A", b"B", b"C"]), max_size=12))
 def test_bytes_of_any_kind_in_pieces_of_any_size(reader: Reader, pieces: list[bytes]) -> None:
     """It never raises, and a look at each piece says the same as one look at all."""

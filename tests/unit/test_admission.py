@@ -221,7 +221,7 @@ def play(steps: Sequence[tuple[int, tuple[Tier, ...], str, int]], policy: Policy
     return held
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(STEPS, st.sampled_from([SCHEDULE, FULL]))
 def test_whatever_is_asked_for_what_is_granted_is_bounded(
     steps: list[tuple[int, tuple[Tier, ...], str, int]], expressions: Mapping[Tier, str]
@@ -280,7 +280,7 @@ def test_the_greediest_agent() -> None:
 HANDS = st.lists(st.tuples(st.integers(0, 16 * 24 * 60), st.sampled_from([*FULL, Tier.MANUAL])), max_size=8)
 
 
-@settings(deadline=None, max_examples=12)
+@settings(max_examples=12)
 @given(HANDS, st.integers(0, 45), st.sampled_from([0, 7, 31]))
 def test_an_honest_agent_on_schedule_with_some_runs_by_hand_never_loses_a_tier(
     by_hand: list[tuple[int, Tier]], slow_minutes: int, offset_days: int

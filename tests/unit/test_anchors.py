@@ -120,7 +120,7 @@ def test_over_torn_lines() -> None:
     assert contradictions(found, lines) == []
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(1, 12), st.integers(1, 12), st.data())
 def test_each_way_to_deceive_shows_where_it_was_anchored(count: int, place: int, data: st.DataObject) -> None:
     """A record is changed and the chain recomputed, the end is cut off, or another record is put in."""

@@ -113,7 +113,7 @@ def test_a_file_is_gone_as_soon_as_its_end_mark_is_there_and_not_before(small_ch
     assert not path.exists()
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     lengths=st.lists(
         st.one_of(

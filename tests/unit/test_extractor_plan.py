@@ -136,7 +136,7 @@ def pass_by_pass(
     return oldest, counts
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     st.lists(st.integers(1, 10**9), min_size=1, max_size=40),
     st.sampled_from([dt.timedelta(minutes=20), dt.timedelta(hours=1), dt.timedelta(hours=8), DAY]),

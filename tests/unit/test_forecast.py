@@ -14,7 +14,7 @@ from pgkeep.domain.forecast import HORIZON_DAYS, PERIOD, Copy, Forecast, describ
 NOW = dt.datetime(2026, 11, 29, 10, 0, tzinfo=dt.UTC)
 DAY = dt.timedelta(days=1)
 GB = 10**9
-SETTINGS = settings(max_examples=40, deadline=None)
+SETTINGS = settings(max_examples=40)
 
 
 def daily(count: int, size_bytes: int = GB, stays: dt.timedelta | None = None) -> list[Copy]:

@@ -69,7 +69,7 @@ def test_texts_of_every_critical_size_come_back(members: ModuleType, size: int, 
     assert b"".join(members.decompress_all([data], size)) == text
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(texts=st.lists(st.binary(max_size=300), max_size=6), step=st.integers(1, 40))
 def test_a_chain_read_in_crumbs_comes_back(members: ModuleType, texts: list[bytes], step: int) -> None:
     """Member's ends fall everywhere: into a block, onto its end, several into one block."""
@@ -78,7 +78,7 @@ def test_a_chain_read_in_crumbs_comes_back(members: ModuleType, texts: list[byte
     assert b"".join(members.decompress_all(blocks, 10_000)) == b"".join(texts)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(pieces=st.lists(st.binary(max_size=200), max_size=8))
 def test_pieces_make_the_same_member_text(members: ModuleType, pieces: list[bytes]) -> None:
     chunk, output = members.compress(pieces)
@@ -124,7 +124,7 @@ def test_every_truncation_and_every_flip_is_refused(members: ModuleType, text: b
             list(members.decompress(chunk, forge.reader_of(bytes(damaged))))
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(noise=st.binary(max_size=200), magic=st.booleans())
 def test_noise_is_refused_or_read_but_never_hangs(members: ModuleType, noise: bytes, magic: bool) -> None:
     data = (b"\x1f\x8b\x08\0\0\0\0\0\0\xff" if magic else b"") + noise
@@ -159,7 +159,7 @@ def test_zeros_after_a_member_are_refused(members: ModuleType) -> None:
         list(members.decompress_all([gzip.compress(b"text"), b"\0" * 50], 1000))
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(sizes=st.lists(st.integers(0, 40), max_size=12))
 def test_grouping_loses_nothing_and_fills_every_chunk(
     members: ModuleType, sizes: list[int], monkeypatch: pytest.MonkeyPatch

@@ -22,7 +22,7 @@ NOW = dt.datetime(2026, 11, 29, 10, 0, tzinfo=dt.UTC)
 HOUR = dt.timedelta(hours=1)
 DAY = dt.timedelta(days=1)
 POLICY = Policy()
-MANY = settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow], deadline=None)
+MANY = settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 
 
 def backup(

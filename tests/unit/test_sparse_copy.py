@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pgkeep.adapters import durable
@@ -101,7 +101,6 @@ def test_neighbours_become_one_request() -> None:
 # ---------------------------------------------------------------- the copy
 
 
-@settings(deadline=None)
 @given(
     st.integers(0, SMALL),
     st.lists(st.one_of(ranges_within, st.lists(ranges_within, max_size=4)), max_size=8),

@@ -304,7 +304,7 @@ def test_any_codec_that_keeps_ascii_reads_the_structure(codec: str) -> None:
     assert [each.dump_id for each in found.entries] == [each.dump_id for each in toc.read(_REAL[15], "utf-8").entries]
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(
     st.sampled_from(sorted(_REAL)),
     st.lists(st.tuples(st.integers(0, 3500), st.binary(max_size=8), st.integers(0, 8)), min_size=1, max_size=4),
@@ -326,7 +326,7 @@ def test_a_mutated_archive_is_read_or_refused(major: int, edits: Sequence[tuple[
     assert found.partitions is not None
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.binary(max_size=300))
 def test_noise_after_a_good_header_is_refused(noise: bytes) -> None:
     with pytest.raises(FormatError):
