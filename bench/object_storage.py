@@ -67,11 +67,10 @@ def run(made: Vault, rounds: int, space: Workspace, say: Say) -> Race:
 
 def contenders(made: Vault) -> list[Contender[SeaweedFS]]:
     key = f"{PREFIX}/{made.dump.name}"
-    python_path = {"PYTHONPATH": made.environment["PYTHONPATH"]}
+    path = {"PYTHONPATH": made.environment["PYTHONPATH"]}
 
     def adapter(running: SeaweedFS) -> None:
-        arguments = [running.endpoint, s3_servers.LOCKED, PREFIX, made.dump]
-        programs.run([sys.executable, _ADAPTER, *arguments], _keys() | python_path)
+        programs.run([sys.executable, _ADAPTER, running.endpoint, s3_servers.LOCKED, PREFIX, made.dump], _keys() | path)
 
     def whole_pass(running: SeaweedFS) -> None:
         made.extract(variables(running.endpoint))

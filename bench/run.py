@@ -38,10 +38,11 @@ from bench.workspace import Workspace
 from pgkeep.adapters.scratch_cluster import ScratchCluster
 from pgkeep.errors import PgkeepError, UsageError
 
-PARTS = ("backup", "restore", "table", "extraction", "upload", "fetch", "startup", "memory")
+PARTS = ("backup", "restore", "table", "extraction", "upload", "fetch", "startup", "memory", "peaks")
 RESULTS = Path(__file__).with_name("RESULTS.md")
 REMARKS = Path(__file__).with_name("REMARKS.md")
-OF_BACKUPS = {"restore", "table", "fetch"}
+# Those that restore from backups of the databases.
+OF_BACKUPS = frozenset({"restore", "table", "fetch"})
 # Room on the disk: write-ahead log and the like, then for each unit of scale both databases, one of them restored
 # and every contender's output; and for the largest database of the memory's part itself, its backup, its copy.
 BASE_BYTES = 5_000_000_000
@@ -63,7 +64,7 @@ class Plan:
 
     @property
     def needed_bytes(self) -> int:
-        largest = max(self.memory_scales) if "memory" in self.parts else 0.0
+        largest = max(self.memory_scales) if self.parts & {"memory", "peaks"} else 0.0
         return int(BASE_BYTES * min(1, self.scale) + max(RACES_BYTES, MEMORY_BYTES * largest) * self.scale)
 
     @property
@@ -127,7 +128,7 @@ def _measure_parts(plan: Plan, made: Databases, space: Workspace, setting: Setti
     starts = starting.run(made, space, say) if "startup" in plan.parts else None
     scales = [plan.scale * each for each in plan.memory_scales]
     footprints = footprint.run(made, plan.kinds, scales, space, say) if "memory" in plan.parts else []
-    peaks = object_storage.peaks(made, [*map(_backup_bytes, scales)], space, say) if "memory" in plan.parts else []
+    peaks = object_storage.peaks(made, [*map(_backup_bytes, scales)], space, say) if "peaks" in plan.parts else []
     verdicts = [
         *_verdicts(races, starts),
         *figures.judge_fetches(fetches, fetching.LIMIT_BYTES),

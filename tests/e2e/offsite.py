@@ -107,14 +107,15 @@ class Elsewhere:
         self.engine.docker("network", "disconnect", network, NAME)
 
     def stop(self) -> None:
-        """At once, as a power cut would."""
-        self.engine.docker("kill", NAME)
+        """At once, as a power cut would. The address stays, and refuses connections."""
+        self.engine.docker("exec", NAME, "sh", "-c", "kill -9 $(cat /weed.pid)")
 
     def start(self) -> None:
-        self.engine.docker("start", NAME)
+        script = 'echo $$ >/weed.pid && exec "$@" >>/weed.log 2>&1'
+        self.engine.docker("exec", "--detach", NAME, "sh", "-c", script, "sh", *_SERVER)
 
     def log(self) -> str:
-        return self.engine.docker("logs", "--tail", "20", NAME, check=False).stderr
+        return self.engine.docker("exec", NAME, "tail", "/weed.log", check=False).stdout.decode()
 
     def _owner(self, code: str) -> process.Completed:
         command = ("exec", "--interactive", NAME, "/opt/pgkeep/bin/python", "-c", _OWNER)
@@ -138,9 +139,11 @@ def running(engine: Engine, folder: Path) -> Iterator[Elsewhere]:
         engine.docker(
             *("run", "--detach", "--name", NAME, "--network", NAME, "--network-alias", HOST, "--user", "0"),
             *("--volume", f"{folder / 'weed'}:/usr/local/bin/weed:ro", "--no-healthcheck"),
-            *("--volume", f"{folder / 'identities.json'}:/identities.json:ro", "pgkeep-extractor:local", *_SERVER),
+            *("--volume", f"{folder / 'identities.json'}:/identities.json:ro", "pgkeep-extractor:local"),
+            *("sleep", "infinity"),
         )
         made = Elsewhere(engine, accounts)
+        made.start()
         made.make_bucket()
         yield made
     finally:

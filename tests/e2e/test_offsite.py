@@ -121,7 +121,29 @@ class TestCopies:
         assert not connects(keeper, "backup-agent", storage, offsite.PORT)
 
 
+class TestOutage:
+    def test_it_is_told_and_passes(self, keeper: Stack, elsewhere: Elsewhere) -> None:
+        elsewhere.stop()
+        keeper.said("docker exec offsite-backup-agent-1 backup.py manual")
+        (manual,) = keeper.sealed("manual")
+        wait_until(lambda: keeper.extracted("manual"), "its copy in the directory", say=keeper.trouble)
+        # While the client still tries: what the last test needs anyway.
+        keeper.said(f"DOCKER_BUILDKIT=0 {section('With Docker', 'sh')[0]}", timeout_seconds=600)
+        wait_for_health(keeper, "unhealthy")
+        said = keeper.execute("backup-extractor", "pgkeep", "health", "extractor", check=False).stdout.decode()
+        assert said.startswith("s3: "), said
+        assert "s3.example.com" in said
+        assert "external" not in said
+        assert {record["destination_name"] for record in failures(keeper)} == {"s3"}
+
+        elsewhere.start()
+        wait_for_health(keeper, "healthy")
+        assert elsewhere.dumps("manual") == [manual]
+
+
 class TestKeys:
+    """After the outage: what failed is on record too."""
+
     def test_they_are_in_two_files_and_nowhere_else(self, keeper: Stack, elsewhere: Elsewhere) -> None:
         writer = elsewhere.accounts["writer"]
         mounted = keeper.execute("backup-extractor", "sh", "-c", "cat /run/secrets/s3_*").stdout
@@ -150,26 +172,6 @@ class TestKeys:
         assert any(b"pgkeep\0extractor" in text for text in seen)
         assert any(b"S3_SECRET_ACCESS_KEY_FILE=/run/secrets/" in text for text in seen)
         assert not [text for text in seen if shows(text, elsewhere.accounts["writer"])]
-
-
-class TestOutage:
-    def test_it_is_told_and_passes(self, keeper: Stack, elsewhere: Elsewhere) -> None:
-        elsewhere.stop()
-        keeper.said("docker exec offsite-backup-agent-1 backup.py manual")
-        (manual,) = keeper.sealed("manual")
-        wait_until(lambda: keeper.extracted("manual"), "its copy in the directory", say=keeper.trouble)
-        # While the client still tries: what the last test needs anyway.
-        keeper.said(f"DOCKER_BUILDKIT=0 {section('With Docker', 'sh')[0]}", timeout_seconds=600)
-        wait_for_health(keeper, "unhealthy")
-        said = keeper.execute("backup-extractor", "pgkeep", "health", "extractor", check=False).stdout.decode()
-        assert said.startswith("s3: "), said
-        assert "s3.example.com" in said
-        assert "external" not in said
-        assert {record["destination_name"] for record in failures(keeper)} == {"s3"}
-
-        elsewhere.start()
-        wait_for_health(keeper, "healthy")
-        assert elsewhere.dumps("manual") == [manual]
 
 
 class TestWorstDay:
