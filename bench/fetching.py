@@ -74,7 +74,8 @@ def _race(backups: Prepared, figures: DatabaseFigures, rounds: int, variables: M
 
 def _restore(backups: Prepared, target: str, variables: Mapping[str, str], table: str | None = None) -> dict[str, int]:
     """What it printed. Raises ``ToolError``."""
-    chosen = [] if table is None else ["--table", f"public.{table}"]
+    # The largest one may refer to tables that are not restored.
+    chosen = [] if table is None else ["--table", f"public.{table}", "--allow-missing-parents"]
     arguments = backups.pgkeep_arguments(target, "--from", DESTINATION, *chosen, "--json")
     answer: dict[str, int] = json.loads(
         programs.run(backups.pgkeep.command(*arguments), {**backups.pgkeep.environment, **variables})

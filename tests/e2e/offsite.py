@@ -104,7 +104,7 @@ class Elsewhere:
         self.engine.docker("network", "connect", "--alias", HOST, network, NAME)
 
     def detach(self, network: str) -> None:
-        self.engine.docker("network", "disconnect", network, NAME)
+        self.engine.docker("network", "disconnect", "--force", network, NAME, check=False)
 
     def stop(self) -> None:
         """At once, as a power cut would. The address stays, and refuses connections."""
