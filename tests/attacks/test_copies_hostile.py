@@ -8,6 +8,7 @@ import datetime as dt
 import hashlib
 import http.server
 import json
+import os
 import threading
 import urllib.parse
 from collections.abc import Callable, Iterator
@@ -15,6 +16,8 @@ from pathlib import Path
 
 import pytest
 
+from pgkeep.adapters import process
+from pgkeep.adapters.destinations.directory import DirectoryDestination
 from pgkeep.adapters.destinations.s3 import Options, S3Destination
 from pgkeep.adapters.destinations.s3_uploads import Upload, Uploads, age
 from pgkeep.adapters.scratch_cluster import ScratchCluster
@@ -211,3 +214,72 @@ def test_an_older_copy_does_not_leave_for_newer_ones_that_are_gone(template: Tem
         spoil(made.active / path)
     assert old not in made.once(code=7)["expired"]
     assert made.copy(old).exists()
+
+
+def _record_of(made: Outside, path: str) -> Path:
+    (file,) = made.extracted.rglob(f"{path}.json")
+    return file
+
+
+def _change(file: Path, **fields: object) -> None:
+    file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))
+
+
+def test_a_record_that_says_that_it_is_over_removes_nothing_without_a_policy(
+    template: Template, tmp_path: Path
+) -> None:
+    made = Outside(template, tmp_path)
+    made.once()
+    _change(_record_of(made, made.source("daily")), expired_at="2026-01-01T00:00:00Z")
+    assert made.once()["expired"] == []
+    made.assert_whole()
+
+
+def test_a_record_speaks_of_its_own_backup_only(template: Template, tmp_path: Path) -> None:
+    made = Outside(template, tmp_path)
+    made.once()
+    made.configure(RETENTION)
+    daily, manual = (_record_of(made, made.source(tier)) for tier in ("daily", "manual"))
+    theirs = json.loads(manual.read_text())
+    _change(daily, path=theirs["path"], files=theirs["files"], expired_at="2026-01-01T00:00:00Z")
+    shown = made.once()
+    assert shown["adopted"] == [made.source("daily")]
+    made.assert_whole()
+
+
+@pytest.mark.parametrize("path", ["../../etc/passwd", "daily/\0", ""])
+def test_a_record_of_no_path_fails_nothing_else(template: Template, tmp_path: Path, path: str) -> None:
+    made = Outside(template, tmp_path)
+    made.once()
+    _change(_record_of(made, made.source("daily")), path=path)
+    made.expire(made.source("hourly"))
+    assert made.once()["adopted"] == [made.source("daily")]
+
+
+@pytest.mark.parametrize("field", ["checked_at", "copied_at"])
+def test_a_time_without_its_zone_is_no_time(template: Template, tmp_path: Path, field: str) -> None:
+    made = Outside(template, tmp_path)
+    made.once()
+    _change(_record_of(made, made.source("daily")), **{field: "2026-01-01T00:00:00"})
+    assert made.once()["adopted"] == [made.source("daily")]
+
+
+def test_a_tree_without_a_floor_costs_nothing(tmp_path: Path) -> None:
+    """Deeper than a program may recurse, and than a path may be long."""
+    (tmp_path / "vault").mkdir()
+    tree = tmp_path / "copies" / "daily"
+    tree.mkdir(parents=True)
+    directories = [os.open(tree, os.O_DIRECTORY)]
+    try:
+        for _ in range(3000):
+            os.mkdir("d", dir_fd=directories[-1])
+            directories.append(os.open("d", os.O_DIRECTORY, dir_fd=directories[-1]))
+            if len(directories) > 2:
+                os.close(directories.pop(0))
+        destination = DirectoryDestination(tmp_path / "copies", 0o444, tmp_path / "vault")
+        with destination.opened(to_read=True) as place:
+            assert list(place.files(["daily"])) == []
+    finally:
+        for each in directories:
+            os.close(each)
+        process.run(["rm", "-rf", tree])

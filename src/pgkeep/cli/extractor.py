@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import signal
 from typing import TYPE_CHECKING, Any
 
@@ -158,13 +159,17 @@ def _serve(context: Context) -> None:
     log = ServiceLog("extractor", settings.log.format)
     for warning in rights.warnings("extractor", context.services.layout.active):
         log.warn(warning)
+    service = Service(_chosen(context, ()), log, settings.root / "extracted")
     try:
-        Service(_chosen(context, ()), log, settings.root / "extracted").run()
+        service.run()
     except SystemExit as ending:
         if ending.code != 128 + signal.SIGTERM:
             raise
         # Asked to stop, and stopped as it should: no failure for whoever started it.
         log.note("stopped")
+        if service.hangs:
+            # Python would wait for every thread; all that such a one leaves is swept by the next pass.
+            os._exit(0)
 
 
 def _document(made: _Pass) -> dict[str, Any]:

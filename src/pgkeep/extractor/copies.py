@@ -157,6 +157,10 @@ class Copies:
             self.journal.settled(path)
         self._save(path, problem="", **changed)
 
+    def keep(self, path: str) -> None:
+        """Its removal, begun or not, is no longer wanted. Raises ``StorageError``."""
+        self._save(path, expired_at=None)
+
     def learn_lock(self, path: str) -> None:
         """What lock is on a copy that was made before anybody asked. Raises ``StorageError``."""
         record = self.records[path]

@@ -29,6 +29,8 @@ class Service:
         self._state = state
         self._stop = threading.Event()
         self._news = threading.Event()
+        # Set at the end: a request that waits for its answer would hold the process up for minutes more.
+        self.hangs = False
         self._workers = [Worker(each, log, self._stop, self._news, is_named=len(extractors) > 1) for each in extractors]
 
     def run(self) -> NoReturn:
@@ -47,6 +49,7 @@ class Service:
             deadline = time.monotonic() + _ENDING_SECONDS
             for worker in self._workers:
                 worker.end(deadline - time.monotonic())
+            self.hangs = any(worker.is_alive for worker in self._workers)
 
     def _beat(self) -> None:
         problems = tuple(problem for worker in self._workers for problem in worker.problems())

@@ -167,6 +167,8 @@ class Extractor:
     def _work(self, copies: Copies, sources: dict[str, plan.Signature], work: Work) -> None:
         sizes = copies.place.sizes(plan.files_of(copies.records.values()))
         copies.progress.step("pass.sizes-seen")
+        if self.settings.policy is None:
+            work.stop_expiring(sizes)
         removed = work.settle_expired(sizes)
         wanted = {path: signature for path, signature in sources.items() if path not in removed}
         todo = plan.compare(wanted, plan.living(copies.records), sizes)

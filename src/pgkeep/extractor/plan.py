@@ -12,6 +12,7 @@ import msgspec
 
 from pgkeep.domain import manifest as manifests
 from pgkeep.domain import names
+from pgkeep.domain.manifest import Moment
 
 Signature = tuple[int, int, int]
 """A manifest's inode, size and time of change: the same means that it need not be read again."""
@@ -41,17 +42,17 @@ class Origin(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=F
     type: names.Tier
     database: str
     system_identifier: str
-    created_at: dt.datetime
-    sealed_at: dt.datetime
-    retain_until: dt.datetime | None
+    created_at: Moment
+    sealed_at: Moment
+    retain_until: Moment | None
     is_doubted: bool = False
 
 
 class Locked(msgspec.Struct, frozen=True, gc=False):
     """The destination's own lock on a copy, as it was when it was last asked for."""
 
-    since: dt.datetime
-    until: dt.datetime
+    since: Moment
+    until: Moment
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
@@ -65,12 +66,12 @@ class Record(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=F
     path: str
     files: dict[str, File]
     source: Signature
-    copied_at: dt.datetime
-    checked_at: dt.datetime
+    copied_at: Moment
+    checked_at: Moment
     problem: Problem = ""
     origin: Origin | None = None
     locked: Locked | None = None
-    expired_at: dt.datetime | None = None
+    expired_at: Moment | None = None
 
     @property
     def size_bytes(self) -> int:

@@ -18,9 +18,11 @@ import msgspec
 
 from pgkeep.adapters import durable
 from pgkeep.adapters.sidecars import read_sidecar
+from pgkeep.domain import names
+from pgkeep.domain.manifest import Moment
 from pgkeep.errors import FormatError, NotFoundError, RefusedError
 from pgkeep.extractor import anchors
-from pgkeep.extractor.plan import Record
+from pgkeep.extractor.plan import Record, path_outside
 from pgkeep.progress import Progress
 
 _MEMORY_NAME: Final = "memory.json"
@@ -38,14 +40,14 @@ class Marker(msgspec.Struct, frozen=True, kw_only=True):
     format: int
     id: str
     vault: str
-    made_at: dt.datetime
+    made_at: Moment
 
 
 class Told(msgspec.Struct, frozen=True, omit_defaults=True):
     """Trouble that is in the audit log already. ``lasting``: it is of a kind that another try won't end."""
 
     message: str
-    time: dt.datetime
+    time: Moment
     hint: str = ""
     lasting: Literal["", "bad", "refused"] = ""
 
@@ -58,8 +60,8 @@ class Memory(msgspec.Struct, kw_only=True):
 
     format: int = _FORMAT
     destination: str | None = None
-    rechecked_until: dt.datetime | None = None
-    failing_since: dt.datetime | None = None
+    rechecked_until: Moment | None = None
+    failing_since: Moment | None = None
     anchors: anchors.Memory = anchors.Memory()
     told: dict[str, Told] = {}
 
@@ -175,7 +177,20 @@ class State:
                     if durable.is_temporary(name):
                         os.unlink(base / tier / name)
                     elif (record := _read(base / tier / name, progress)) is not None:
-                        yield f"{tier}/{name.removesuffix('.json')}", record
+                        path = f"{tier}/{name.removesuffix('.json')}"
+                        if _fits(path, record):
+                            yield path, record
+                        else:
+                            progress.warn(f"{base / tier / name} speaks of another copy, and is passed over")
+
+
+def _fits(path: str, record: Record) -> bool:
+    """Whatever a record says, nothing but that backup's own copy is looked at, or leaves, on its word."""
+    try:
+        is_its_own = record.path == path_outside(path)
+    except FormatError:
+        return False
+    return is_its_own and record.files.keys() <= {"", *names.SIDECAR_SUFFIXES} and "" in record.files
 
 
 def _read(file: Path, progress: Progress) -> Record | None:

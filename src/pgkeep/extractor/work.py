@@ -14,7 +14,7 @@ from pgkeep.domain import retention
 from pgkeep.errors import IntegrityError, NotFoundError, PgkeepError, StorageError
 from pgkeep.extractor import expiry, plan, source
 from pgkeep.extractor.copies import Copies, Failure, Journal
-from pgkeep.extractor.plan import Plan, Problem, Signature
+from pgkeep.extractor.plan import Plan, Problem, Record, Signature
 from pgkeep.progress import Progress
 
 # One after the other: then it is the destination, not the backup.
@@ -75,10 +75,21 @@ class Work:
             reason = f"{len(self._waiting)} more backups wait until {self._copies.label} takes them"
             self._fail("", StorageError(f"{reason}, {self._waiting[0]} first", "mend the failures before this one"))
 
+    def stop_expiring(self, sizes: Mapping[str, int]) -> None:
+        """Nothing is to leave any more: what is there stays, and what the vault still has comes back."""
+        for path, record in self._expired():
+            if any(record.path + suffix in sizes for suffix in record.files):
+                self._copies.keep(path)
+            else:
+                self._copies.state.forget(self._copies.destination, path)
+
+    def _expired(self) -> list[tuple[str, Record]]:
+        return [(path, record) for path, record in self._copies.records.items() if record.expired_at is not None]
+
     def settle_expired(self, sizes: Mapping[str, int]) -> set[str]:
         """Finish removals that were cut off; what the vault has still of what was removed: not to be copied again."""
         still: set[str] = set()
-        for path, record in [each for each in self._copies.records.items() if each[1].expired_at is not None]:
+        for path, record in self._expired():
             if any(record.path + suffix in sizes for suffix in record.files):
                 finish = functools.partial(self._copies.finish_expiry, path, "the removal was cut off")
                 self._attempt(path, functools.partial(finish, in_vault=path in self._sources))
@@ -149,6 +160,8 @@ class Work:
             self._bring(path)
 
     def _mend(self, path: str, problem: Problem) -> None:
+        # Until it is whole again it is no good copy that another could leave for.
+        self._copies.remember_problem(path, problem)
         if problem == "missing":
             self._copies.tell(path, problem, in_vault=True)
         self._bring(path)

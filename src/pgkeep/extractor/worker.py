@@ -68,6 +68,10 @@ class Worker:
         if self._thread.ident is not None:
             self._thread.join(max(0.0, seconds))
 
+    @property
+    def is_alive(self) -> bool:
+        return self._thread.is_alive()
+
     def raise_death(self) -> None:
         """What the thread died of, in the thread that calls."""
         if self._death is not None:
@@ -131,6 +135,10 @@ class Worker:
             return self._soon()
         except (PgkeepError, OSError) as error:
             self._fail(error if isinstance(error, PgkeepError) else _explained(error), is_urgent=False)
+            return self._retry_seconds()
+        except Exception as error:  # noqa: BLE001 - the other destinations go on whatever an answer of this one's does
+            text = f"an internal error: {type(error).__name__}: {error}"
+            self._fail(PgkeepError(text, "please report it; this destination is tried again"), is_urgent=True)
             return self._retry_seconds()
         self._report(report)
         if any(isinstance(failure.error, StorageError) for failure in report.failures):

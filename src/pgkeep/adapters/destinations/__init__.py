@@ -119,7 +119,8 @@ class Place(Protocol):
         """Remove what a killed run left below these folders, at any depth of one level more. The paths removed."""
 
     def files(self, folders: Iterable[str]) -> Iterator[Listed]:
-        """Every regular file below these folders, at any depth, by path; of versions of one path the oldest first.
+        """Every regular file in these folders and in the folders within them, by path; of versions of one path the
+        oldest first. Deeper ones, which are none of pgkeep's, may be there or not.
 
         Only the files that pgkeep would read: no half-made ones, no delete markers. A folder that is not there is
         empty. Callers choose by the path's ending (``.manifest.json``) or by the folder (``anchors``, ``daily``).

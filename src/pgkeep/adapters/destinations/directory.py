@@ -161,14 +161,13 @@ class DirectoryPlace:
 
     def files(self, folders: Iterable[str]) -> Iterator[Listed]:
         for folder in sorted(folders):
-            yield from sorted(self._files_below(folder), key=lambda file: file.path)
+            within = [folder, *(f"{folder}/{name}" for name in self._folders_in(folder))]
+            yield from sorted((file for each in within for file in self._files_in(each)), key=lambda file: file.path)
 
-    def _files_below(self, folder: str) -> Iterator[Listed]:
+    def _files_in(self, folder: str) -> Iterator[Listed]:
         for name, size_bytes in self._listing(folder).items():
             if size_bytes != NOT_A_FILE:
                 yield Listed(f"{folder}/{name}", size_bytes)
-        for name in self._folders_in(folder):
-            yield from self._files_below(f"{folder}/{name}")
 
     def read(self, path: str, limit_bytes: int, version: str = "") -> bytes:
         with self._open_file(path) as descriptor, durable.explain(self._path / path, "reading the file"):

@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Final, Literal
 
 from pgkeep.adapters.destinations import Probe
 from pgkeep.errors import ToolError
@@ -18,6 +18,10 @@ from pgkeep.progress import Progress
 if TYPE_CHECKING:
     from pgkeep.adapters.destinations.s3_bucket import Bucket
     from pgkeep.adapters.destinations.s3_place import S3Place
+
+
+# Of the first request of a pass.
+_FIRST_ATTEMPTS: Final = 3
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,6 +82,9 @@ class S3Destination:
     def opened(self, *, to_read: bool = False) -> Iterator[S3Place]:
         with _needing_boto3():
             from pgkeep.adapters.destinations import s3_place
+        # The way there and the credentials: what is wrong is told in seconds, work under way is more patient.
+        with self._bucket(min(_FIRST_ATTEMPTS, self._options.attempts)) as bucket:
+            s3_place.S3Place(bucket, self._options, self._uploads).read_marker()
         with self._bucket() as bucket:
             place = s3_place.S3Place(bucket, self._options, self._uploads)
             place.require_fit(to_read=to_read)
@@ -91,10 +98,11 @@ class S3Destination:
             return s3_probe.probe(bucket, self._options, progress)
 
     @contextlib.contextmanager
-    def _bucket(self) -> Iterator[Bucket]:
+    def _bucket(self, attempts: int | None = None) -> Iterator[Bucket]:
         from pgkeep.adapters.destinations import s3_bucket
 
-        with contextlib.closing(s3_bucket.Bucket(self._options)) as bucket:
+        options = dataclasses.replace(self._options, attempts=attempts or self._options.attempts)
+        with contextlib.closing(s3_bucket.Bucket(options)) as bucket:
             yield bucket
 
 

@@ -101,7 +101,7 @@ class Bucket:
                 if is_missing(error) or self._get_finds_nothing(path, version):
                     return None
                 raise
-        return _facts(dict(answer))
+            return _facts(dict(answer))
 
     def find(self, path: str, version: str = "") -> Facts | None:
         """As :meth:`head`, for credentials that may not list: to those "denied" is how "not there" looks."""
@@ -213,12 +213,12 @@ class Bucket:
                 if code(error) in _UNLOCKED:
                     return LockConfiguration(False)
                 raise
-        found: dict[str, Any] = dict(answer.get("ObjectLockConfiguration", {}))
-        rule = found.get("Rule", {}).get("DefaultRetention", {})
-        days = int(rule.get("Days") or 365 * int(rule.get("Years") or 0))
-        return LockConfiguration(
-            found.get("ObjectLockEnabled") == "Enabled", (str(rule.get("Mode")), days) if days else None
-        )
+            found: dict[str, Any] = dict(answer.get("ObjectLockConfiguration", {}))
+            rule = found.get("Rule", {}).get("DefaultRetention", {})
+            days = int(rule.get("Days") or 365 * int(rule.get("Years") or 0))
+            return LockConfiguration(
+                found.get("ObjectLockEnabled") == "Enabled", (str(rule.get("Mode")), days) if days else None
+            )
 
     # Changes
 
@@ -257,7 +257,7 @@ class Bucket:
                 if is_denied(error) or is_missing(error) or is_unsupported(error) or code(error) in _UNLOCKED:
                     return None
                 raise
-        return _lock(found.get("Mode"), found.get("RetainUntilDate"))
+            return _lock(found.get("Mode"), found.get("RetainUntilDate"))
 
     def retain(self, path: str, version: str, lock: Lock) -> None:
         """Raises ``ClientError``, ``BotoCoreError``."""

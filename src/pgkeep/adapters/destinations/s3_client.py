@@ -13,6 +13,7 @@ import botocore.loaders
 import botocore.session
 from botocore import exceptions
 from botocore.exceptions import BotoCoreError, ClientError
+from botocore.parsers import ResponseParserError
 
 import pgkeep
 from pgkeep.adapters.destinations.s3 import Options
@@ -24,6 +25,11 @@ if TYPE_CHECKING:
 CONNECT_SECONDS: Final = 10.0
 # More than the threads that send parts, or ask for sizes.
 _CONNECTIONS: Final = 16
+# Whatever a server says goes into logs and state.
+_TOLD_CHARACTERS: Final = 500
+# What botocore and we run into where an answer lacks a field, or holds no number or date.
+_NONSENSE: Final = (LookupError, ValueError, TypeError, ArithmeticError, RuntimeError, ResponseParserError)
+_IS_IT_S3: Final = "is the endpoint object storage, and nothing in between that answers for it?"
 _DOCUMENTED: Final = "docs/destinations/s3.md has the policy that is needed"
 
 # Codes of the service (and of its imitations) to cause and remedy.
@@ -149,12 +155,15 @@ def explained(doing: str) -> Iterator[None]:
         # botocore follows a redirect by asking for the bucket's region, and the redirect of that one too.
         hint = "is the endpoint right? What is redirected to https must be given as https"
         raise StorageError(f"{doing} failed: the server redirects every request", hint) from error
+    except _NONSENSE as error:
+        what = f"{type(error).__name__}: {error}"[:_TOLD_CHARACTERS]
+        raise StorageError(f"{doing} failed: the server's answer makes no sense ({what})", _IS_IT_S3) from error
 
 
 def code(error: ClientError) -> str:
     """The service's code; the status as text where the answer had none (that of HEAD never has)."""
     answer: Mapping[str, Any] = error.response.get("Error", {})
-    found = str(answer.get("Code") or status(error))
+    found = str(answer.get("Code") or status(error))[:_TOLD_CHARACTERS]
     return _ALIASES.get(found, found)
 
 
@@ -177,7 +186,7 @@ def is_unsupported(error: ClientError) -> bool:
 
 def _answered(error: ClientError, doing: str) -> StorageError:
     name = code(error)
-    told = str(error.response.get("Error", {}).get("Message") or "").strip()
+    told = str(error.response.get("Error", {}).get("Message") or "").strip()[:_TOLD_CHARACTERS]
     words = f"{name}, status {status(error)}" + (f": {told}" if told else "")
     cause, hint = _REMEDIES.get(name, ("the server answered with an error", ""))
     kind = DeniedError if name == "AccessDenied" else StorageError

@@ -47,8 +47,7 @@ class S3Place:
         return tuple(self._warnings)
 
     def require_fit(self, *, to_read: bool) -> None:
-        """Raises ``StorageError`` for what would make every copy fail: the way there, credentials, bucket, lock."""
-        self.read_marker()
+        """Raises ``StorageError`` for what would make every copy fail: the bucket, its lock."""
         if to_read:
             return
         self._keeps_versions = self._bucket.versioning()
@@ -342,4 +341,5 @@ class S3File:
     def _read(self, offset: int, end: int) -> bytes:
         body = self._bucket.read(self._path, self._facts.version, offset, end, self._facts.tag)
         with contextlib.closing(body.stream):
-            return body.stream.read()
+            # Of what was asked for: an answer that goes on says more than there is.
+            return body.stream.read(end - offset)

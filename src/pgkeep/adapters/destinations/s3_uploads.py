@@ -12,7 +12,7 @@ import hashlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Final
+from typing import Annotated, Final
 
 import msgspec
 
@@ -37,7 +37,7 @@ class Upload(msgspec.Struct, frozen=True, kw_only=True):
     sha256: str
     part_size_bytes: int
     upload_id: str
-    started: dt.datetime
+    started: Annotated[dt.datetime, msgspec.Meta(tz=True)]
 
 
 class Part(msgspec.Struct, frozen=True, kw_only=True):
@@ -45,7 +45,7 @@ class Part(msgspec.Struct, frozen=True, kw_only=True):
 
     number: int
     tag: str
-    checksum: str
+    checksum: Annotated[str, msgspec.Meta(pattern=r"\A[A-Za-z0-9+/]{43}=\Z")]
 
 
 # Made here, by one thread: msgspec 0.22 crashes where several threads are the first to decode a type.
@@ -130,7 +130,7 @@ def _read(file: Path) -> Remembered | None:
         first, *others = read_sidecar(file, _LIMIT_BYTES).split(b"\n")[:-1] or [b""]
         upload = _UPLOAD_DECODER.decode(first)
         parts = [_PART_DECODER.decode(line) for line in others]
-    except (FormatError, msgspec.MsgspecError, UnicodeDecodeError):
+    except (FormatError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return None
     if upload.format != _FORMAT:
         return None
