@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime as dt
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pgkeep.errors import FormatError
@@ -137,6 +137,8 @@ def pass_by_pass(
 
 
 @settings(max_examples=40)
+@example([1] * 6 + [1970, 794, 1967, 797, 3143], DAY)
+@example([1, 1, 1, 1, 455, 3440, 3563, 3956], DAY)
 @given(
     st.lists(st.integers(1, 10**9), min_size=1, max_size=40),
     st.sampled_from([dt.timedelta(minutes=20), dt.timedelta(hours=1), dt.timedelta(hours=8), DAY]),
@@ -164,6 +166,9 @@ def test_after_months_of_silence_a_pass_reads_a_quarter_at_most() -> None:
     records = {f"{place:02}": record(checked_at=NOW - 90 * DAY) for place in range(40)}
     chosen, since = plan.to_recheck(records, records, NOW, WEEK, NOW - 90 * DAY)
     assert len(chosen) == 10
+    records |= {path: record(checked_at=NOW) for path in chosen}
+    next_chosen, since = plan.to_recheck(records, records, NOW, WEEK, since)
+    assert len(set(next_chosen) - set(chosen)) == 10
     assert since == NOW
 
 

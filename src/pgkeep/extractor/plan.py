@@ -162,17 +162,18 @@ def to_recheck(
     """Which copies to read in full now, and the moment up to which the reading is then done.
 
     The time from ``since`` to now pays for as large a part of all bytes as it is of ``period``; the copies that were
-    not read for longest come first. So all have their turn, evenly, and no pass reads more than a quarter, or one copy.
-    One that is overdue is read in any case.
+    not read for longest come first. So all have their turn, evenly. No pass reads more than a quarter, or as much as
+    the largest copy; what it may not read, the next one does. One that is overdue is read in any case.
     """
     order = sorted(paths, key=lambda path: (_last_check(records[path], now, period), path))
     total_bytes = sum(records[path].size_bytes for path in order)
     if total_bytes == 0:
         return order, now
     pace = period * _RECHECK_HASTE
-    saved_part = max(RECHECK_PART_MAXIMUM, records[order[0]].size_bytes / total_bytes)
-    since = min(max(since, now - pace * saved_part), now)
-    chosen = _affordable(order, records, math.ceil(total_bytes * ((now - since) / pace)))
+    largest_part = max(RECHECK_PART_MAXIMUM, max(records[path].size_bytes for path in order) / total_bytes)
+    # What one pass may not read is left to the next one.
+    since = min(max(since, now - pace * largest_part * 2), now)
+    chosen = _affordable(order, records, math.ceil(total_bytes * min((now - since) / pace, largest_part)))
     if not chosen and now - _last_check(records[order[0]], now, period) >= pace:
         chosen = order[:1]
     spent_bytes = sum(records[path].size_bytes for path in chosen)
