@@ -82,10 +82,13 @@ class SshServer:
     def stop(self, number: signal.Signals = signal.SIGTERM) -> None:
         """With every session and what runs in it: SIGTERM as a machine that shuts down, SIGKILL as one that crashes."""
         if self._running is not None:
-            for child in descendants(self._running.pid):
-                # They end by themselves too.
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(child, number)
+            children = descendants(self._running.pid)
+            # All stand still first: none hears of another's end, as in a crash.
+            for each in (signal.SIGSTOP, number) if number == signal.SIGKILL else (number,):
+                for child in children:
+                    # They end by themselves too.
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(child, each)
             self._running.kill()
             self._running.wait()
             self._running = None

@@ -131,8 +131,9 @@ def build(
             writer.add_sql([f'COPY "{table.schema}"."{table.name}" (a, b) FROM stdin;\n'.encode()])
             _add_table(writer, table)
         if objects:
-            writer.add_sql([b"SELECT pg_catalog.lo_open('%d', 131072);\n" % objects[0][0]])
-            writer.add_sql([b"SELECT pg_catalog.lowrite(0, '\\x"])
+            writer.add_sql(
+                [b"SELECT pg_catalog.lo_open('%d', 131072);\n" % objects[0][0], b"SELECT pg_catalog.lowrite(0, '\\x"]
+            )
             text = objects_text or b"".join(large_objects.encode(((n, [c]) for n, c in objects), b"'\\x"))
             writer.add_large_objects(OBJECTS_FILE, objects[0][0], len(objects), [text])
             writer.add_sql([b"');\nSELECT pg_catalog.lo_close(0);\n\n"])

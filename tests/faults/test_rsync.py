@@ -81,7 +81,8 @@ def test_a_connection_that_is_cut_is_taken_up_where_it_was(
 ) -> None:
     with ssh_server.way_to(server) as way:
         subject = subject_at(server.destination(key, there, port=way.port), there, tmp_path)
-        way.limit_bytes = len(DATA) // 2
+        # Some of it is still on its way inside the server's ssh and rsync when both ends hear of the cut.
+        way.limit_bytes = len(DATA) * 7 // 8
         with pytest.raises(StorageError, match="has cut the connection"):
             store(subject, Silent())
         way.limit_bytes = None

@@ -6,6 +6,7 @@ import contextlib
 import os
 import shutil
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -24,15 +25,27 @@ def filled(filesystem: Path, leave_bytes: int) -> Iterator[None]:
     """So many bytes are left in the body: root's reserve included, so nothing at all for 0."""
     ballast = filesystem / "ballast"
     with ballast.open("wb") as file:
-        left = os.statvfs(filesystem)
-        with contextlib.suppress(OSError):
-            os.posix_fallocate(file.fileno(), 0, max(1, left.f_bfree * left.f_frsize - leave_bytes))
+        _leave(filesystem, file.fileno(), leave_bytes)
         if leave_bytes == 0:
             _write_until_full(file.fileno())
     try:
         yield
     finally:
         ballast.unlink()
+
+
+def _leave(filesystem: Path, ballast: int, leave_bytes: int) -> None:
+    """XFS gives back the room of removed files a moment later: until nothing more comes."""
+    taken_bytes, quiet = 0, 0
+    while quiet < 5:
+        left = os.statvfs(filesystem)
+        surplus_bytes = left.f_bfree * left.f_frsize - leave_bytes
+        quiet += 1
+        if surplus_bytes >= left.f_frsize:
+            with contextlib.suppress(OSError):
+                os.posix_fallocate(ballast, taken_bytes, surplus_bytes)
+                taken_bytes, quiet = taken_bytes + surplus_bytes, 0
+        time.sleep(0.02)
 
 
 def _write_until_full(descriptor: int) -> None:

@@ -15,6 +15,8 @@ from pgkeep.errors import FormatError
 
 WRITE_BYTES = 256 * 1024
 LINE_LIMIT_BYTES = 2 * WRITE_BYTES + 1024
+OPENING_BYTES = 100
+"""The call that :func:`first_number` looks for is shorter."""
 
 _WRITE_END = b"');\n"
 _CLOSE = b"SELECT pg_catalog.lo_close(0);\n\n"
@@ -22,7 +24,16 @@ _OPEN = b"SELECT pg_catalog.lo_open('%d', 131072);\n"
 _WRITE = b"SELECT pg_catalog.lowrite(0, "
 _OPEN_LINE = re.compile(rb"SELECT pg_catalog\.lo_open\('(\d{1,10})', 131072\);\n")
 _WRITE_LINE = re.compile(rb"SELECT pg_catalog\.lowrite\(0, '\\{1,2}x([0-9a-f]*)(?:'\);\n)?")
+_OPENING = re.compile(
+    rb"SELECT pg_catalog\.lo_open\('(\d{1,10})', 131072\);\nSELECT pg_catalog\.lowrite\(0, '\\{1,2}x\Z"
+)
 _FIRST_LINE = re.compile(rb"([0-9a-f]*)(?:'\);\n)?")
+
+
+def first_number(before: bytes) -> int | None:
+    """The number in the call that opens the first object, which ends the SQL before it; None where it does not."""
+    match = _OPENING.search(before[-OPENING_BYTES:])
+    return int(match[1]) if match else None
 
 
 def encode(objects: Iterable[tuple[int, Iterable[bytes]]], quote: bytes) -> Iterator[bytes]:

@@ -33,6 +33,7 @@ from pgkeep.errors import FormatError
 Depth = Literal["digests", "content"]
 # The trailer stands in the last lines of the SQL.
 _TRAILER_BYTES = 64 * 1024
+_ROWS_ENDS = (DATA_END, b"\n" + DATA_END)
 # A file that is wrong throughout is described well enough by so many.
 DEFECTS_LIMIT = 1000
 
@@ -152,24 +153,33 @@ def _contents(reader: ArtifactReader) -> Iterator[str]:
 
 
 def _data(reader: ArtifactReader) -> Iterator[str]:
+    before: tuple[int, Part] | None = None
     for offset, part in reader.index.placed():
-        if isinstance(part, TablePart) and not _ends_well(reader, offset, part):
+        if isinstance(part, TablePart) and _tail(reader, offset, part, len(DATA_END) + 1) not in _ROWS_ENDS:
             yield f"{describe(part)}: its rows lack their end mark"
         if isinstance(part, LargeObjectsPart):
-            lines = split_lines(reader.text(offset, part), large_objects.LINE_LIMIT_BYTES)
-            found = large_objects.count(lines, part.first)
-            if found != part.objects:
-                yield f"{describe(part)}: it promises {part.objects} large objects and holds {found}"
+            sql = _tail(reader, *before, large_objects.OPENING_BYTES) if before else b""
+            yield from _objects(reader, offset, part, sql)
+        before = offset, part
 
 
-def _ends_well(reader: ArtifactReader, offset: int, part: Part) -> bool:
-    """The last two members suffice: the end mark may lie across a cut."""
+def _objects(reader: ArtifactReader, offset: int, part: LargeObjectsPart, sql_before: bytes) -> Iterator[str]:
+    if large_objects.first_number(sql_before) != part.first:
+        yield f"{describe(part)}: the SQL before it does not open large object {part.first}"
+    lines = split_lines(reader.text(offset, part), large_objects.LINE_LIMIT_BYTES)
+    found = large_objects.count(lines, part.first)
+    if found != part.objects:
+        yield f"{describe(part)}: it promises {part.objects} large objects and holds {found}"
+
+
+def _tail(reader: ArtifactReader, offset: int, part: Part, size_bytes: int) -> bytes:
+    """A part's last bytes. The last two members suffice: they may lie across a cut."""
     last = part.chunks[-2:]
     start = offset + part.length - sum(chunk.length for chunk in last)
     tail = b""
     for piece in reader.text(start, SqlPart(chunks=last)):
-        tail = (tail + piece)[-len(DATA_END) - 1 :]
-    return tail in (DATA_END, b"\n" + DATA_END)
+        tail = (tail + piece)[-size_bytes:]
+    return tail
 
 
 def _contents_of(index: Index) -> Contents:
